@@ -1,0 +1,1 @@
+"""jaxdiff: image generators in JAX, from the first DDPM to Stable Diffusion."""

@@ -1,0 +1,294 @@
+"""The typed, validated form of a config file.
+
+A config file's `get_config()` starts from `default_config()`, a locked `ml_collections.ConfigDict` holding every key, and changes what
+it wants; `to_config` turns the result into the frozen dataclasses below, which check everything before anything compiles.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from typing import Any, Literal
+
+import ml_collections
+
+
+class ConfigError(ValueError):
+    """A config that cannot work; the message is one line naming the key, what was wrong and what would be right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are cut."""
+
+    source: str = "tfds:cifar10"  # digits | mnist | tfds:<name> | folder | idx
+    dir: str = ""  # folder of the images, of the IDX files, or TFDS's data_dir ("" = TFDS's own default)
+    split: str = "train"
+    image_size: int = 32  # pixels; images are resized (shorter side) and cropped to a square
+    channels: int = 3  # 1 grey, 3 RGB
+    crop: Literal["centre", "random"] = "centre"
+    flip: bool = False  # random horizontal flips
+    max_bad_fraction: float = 0.01  # a run fails when more of the images than this cannot be read
+    num_threads: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The U-Net (`jaxdiff.models.unet.UNet`)."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)  # sides, in cells behind the patch door, at which self-attention acts
+    num_heads: int = 1
+    dropout: float = 0.1
+    patch_size: int = 1  # space-to-depth at the door
+    num_classes: int = 0  # 0: unconditional; -1: as many as the data has (resolved when training starts)
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False  # recompute activations in the backward pass: less memory, more time
+    attention_implementation: Literal["auto", "xla", "cudnn"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """Noise schedule, prediction and loss."""
+
+    schedule: Literal["linear", "scaled_linear", "cosine", "flow", "edm"] = "linear"
+    num_timesteps: int = 1000  # T of the discrete schedules
+    beta_start: float = 1e-4  # linear and scaled_linear only
+    beta_end: float = 0.02
+    zero_terminal_snr: bool = False
+    sigma_data: float = 0.5  # edm
+    prediction: Literal["noise", "x0", "v", "velocity", "edm"] = "noise"
+    learned_variance: bool = False
+    loss: Literal["simple", "min_snr", "vlb", "hybrid"] = "simple"
+    min_snr_gamma: float = 5.0
+    label_dropout: float = 0.1  # fraction of labels replaced by the null label, for classifier-free guidance
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam or AdamW with warm-up, and the moving average of the parameters."""
+
+    name: Literal["adam", "adamw"] = "adam"
+    learning_rate: float = 2e-4
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0  # adamw only
+    clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
+    ema_decay: float = 0.9999
+    ema_warmup: bool = True  # decay at step n is min(ema_decay, (1 + n) / (10 + n))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    batch_size: int = 128  # over all devices
+    num_steps: int = 800_000
+    accumulation_steps: int = 1  # micro-batches a step
+    log_every: int = 100
+    checkpoint_every: int = 1000
+    sample_every: int = 5000  # 0 = only at the end
+    keep_checkpoints: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingConfig:
+    """How a step is spread over devices."""
+
+    mode: Literal["jit", "pmap"] = "jit"
+    fsdp: int = 1  # devices over which parameters and optimiser state are sharded; the rest is data parallel
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """Defaults of `sample.py` and of the grids made during training."""
+
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m", "euler_ancestral"] = "ddim"
+    steps: int = 50
+    spacing: Literal["linspace", "leading", "trailing", "karras"] = "trailing"
+    eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
+    variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_small"  # ddpm
+    guidance: float = 1.0  # classifier-free guidance scale; 1 = none
+    guidance_start: float = 0.0  # guidance acts only while the fraction of sampling done is in [start, end]
+    guidance_end: float = 1.0
+    guidance_rescale: float = 0.0
+    clip: Literal["none", "clip", "dynamic"] = "clip"  # what is done to predicted x0 outside [-1, 1]
+    num_images: int = 64  # in a grid during training
+    batch_per_device: int = 16  # images a device makes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    task: Literal["diffusion"] = "diffusion"
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+
+
+# What may change when a run goes on in its workdir; everything else defines the run.
+CHANGEABLE = ("sampling.", "sharding.", "training.num_steps", "training.log_every", "training.checkpoint_every",
+              "training.sample_every", "training.keep_checkpoints", "data.dir", "data.num_threads")  # fmt: skip
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every key with its default value, locked: config files change it and can't misspell a key."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def to_config(config: ml_collections.ConfigDict | dict[str, Any]) -> Config:
+    """Check a ConfigDict (or plain dictionary) and freeze it. Raises ConfigError."""
+    values = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    result = _build(Config, values, "")
+    check(result)
+    return result
+
+
+def to_json(config: Config) -> str:
+    """The config as indented JSON, as stored in `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """The config as {"model.channels": 128, ...}."""
+
+    def walk(node: Any, prefix: str) -> dict[str, Any]:
+        if not dataclasses.is_dataclass(node):
+            return {prefix[:-1]: node}
+        items: dict[str, Any] = {}
+        for field in dataclasses.fields(node):
+            items |= walk(getattr(node, field.name), f"{prefix}{field.name}.")
+        return items
+
+    return walk(config, "")
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    """A dataclass from a dictionary, strictly: unknown keys and wrong types are refused."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"config.{prefix[:-1]} must be a section with keys, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(f"unknown config key config.{prefix}{key}{_suggest(key, list(hints))}")
+    return cls(**{key: _coerce(hints[key], value, prefix + key) for key, value in values.items()})
+
+
+def _suggest(word: str, choices: list[str]) -> str:
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(choices)}"
+
+
+def _coerce(hint: Any, value: Any, name: str) -> Any:
+    """`value` as the annotated type; ints pass for floats, lists for tuples, nothing else is converted."""
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, name + ".")
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(f"config.{name} = {value!r} must be one of {', '.join(map(repr, choices))}")
+        return value
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, (list, tuple)):
+            raise ConfigError(f"config.{name} = {value!r} must be a tuple, such as ({name.split('.')[-1]}=1,2)")
+        return tuple(_coerce(typing.get_args(hint)[0], item, name) for item in value)
+    if origin in (typing.Union, types.UnionType):
+        return None if value is None else _coerce(typing.get_args(hint)[0], value, name)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"config.{name} = {value!r} must be of type {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, whatever the data and the machine. Raises ConfigError."""
+    _check_ranges(config)
+    _check_model(config)
+    _check_diffusion(config)
+
+
+def _check_ranges(config: Config) -> None:
+    numbers = flatten(config)
+    for name in ("data.image_size", "model.channels", "model.num_res_blocks", "model.num_heads", "model.patch_size",
+                 "diffusion.num_timesteps", "training.batch_size", "training.num_steps", "training.accumulation_steps",
+                 "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "data.num_threads",
+                 "sharding.fsdp", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"):  # fmt: skip
+        _require(numbers[name] >= 1, f"config.{name} = {numbers[name]} must be at least 1")
+    for name in ("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay",
+                 "seed", "sampling.guidance"):  # fmt: skip
+        _require(numbers[name] >= 0, f"config.{name} = {numbers[name]} must not be negative")
+    for name in ("diffusion.label_dropout", "data.max_bad_fraction", "sampling.guidance_start", "sampling.guidance_end",
+                 "sampling.guidance_rescale", "sampling.eta"):  # fmt: skip
+        _require(0 <= numbers[name] <= 1, f"config.{name} = {numbers[name]} must lie between 0 and 1")
+    for name in ("model.dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
+        _require(0 <= numbers[name] < 1, f"config.{name} = {numbers[name]} must be at least 0 and below 1")
+    for name in ("optimizer.learning_rate", "optimizer.epsilon", "diffusion.sigma_data", "diffusion.min_snr_gamma"):
+        _require(numbers[name] > 0, f"config.{name} = {numbers[name]} must be positive")
+    _require(config.data.channels in (1, 3), f"config.data.channels = {config.data.channels} must be 1 (grey) or 3 (RGB)")
+    _require(config.seed < 2**32, f"config.seed = {config.seed} must be below 2**32")
+
+
+def _check_model(config: Config) -> None:
+    model, size = config.model, config.data.image_size
+    _require(model.num_classes >= -1, f"config.model.num_classes = {model.num_classes} must be -1 (as the data), 0 (none) or more")
+    levels = len(model.channel_multipliers)
+    _require(levels >= 1 and min(model.channel_multipliers, default=0) >= 1,
+             f"config.model.channel_multipliers = {model.channel_multipliers} must hold positive integers")  # fmt: skip
+    factor = model.patch_size * 2 ** (levels - 1)
+    _require(size % factor == 0, f"config.data.image_size = {size} must be divisible by {factor} "
+             f"(patch_size {model.patch_size} times 2 for each of {levels - 1} down-samplings)")  # fmt: skip
+    sides = [size // model.patch_size // 2**level for level in range(levels)]
+    for side in model.attention_resolutions:
+        _require(side in sides, f"config.model.attention_resolutions: {side} is not a side of this U-Net, which has "
+                 f"{', '.join(map(str, sides))}")  # fmt: skip
+    for multiplier in model.channel_multipliers:
+        width = model.channels * multiplier
+        _require(width % model.num_heads == 0, f"config.model.num_heads = {model.num_heads} must divide {width} channels")
+
+
+def _check_diffusion(config: Config) -> None:
+    diffusion, sampling = config.diffusion, config.sampling
+    discrete = diffusion.schedule in ("linear", "scaled_linear", "cosine")
+    _require(diffusion.prediction != "velocity" or diffusion.schedule == "flow",
+             "config.diffusion.prediction = 'velocity' needs config.diffusion.schedule = 'flow'")  # fmt: skip
+    _require((diffusion.prediction == "edm") == (diffusion.schedule == "edm"),
+             "config.diffusion.prediction = 'edm' and config.diffusion.schedule = 'edm' go together")  # fmt: skip
+    _require(discrete or not diffusion.zero_terminal_snr, "config.diffusion.zero_terminal_snr needs a schedule with "
+             f"betas (linear, scaled_linear, cosine), not {diffusion.schedule!r}")  # fmt: skip
+    _require(diffusion.prediction != "noise" or not (diffusion.zero_terminal_snr or diffusion.schedule == "flow"),
+             "config.diffusion.prediction = 'noise' cannot start from pure noise (zero terminal SNR, flow): use 'v', 'x0' or 'velocity'")  # fmt: skip
+    if diffusion.schedule in ("linear", "scaled_linear"):
+        _require(0 < diffusion.beta_start < diffusion.beta_end < 1, "config.diffusion must have 0 < beta_start < beta_end < 1, "
+                 f"not {diffusion.beta_start} and {diffusion.beta_end}")  # fmt: skip
+    if diffusion.learned_variance or diffusion.loss in ("vlb", "hybrid"):
+        _require(discrete, f"learned variance and the losses vlb and hybrid need a schedule with betas, not {diffusion.schedule!r}")
+    _require(diffusion.loss != "hybrid" or diffusion.learned_variance,
+             "config.diffusion.loss = 'hybrid' needs config.diffusion.learned_variance = True")  # fmt: skip
+    _require(sampling.variance != "learned" or diffusion.learned_variance,
+             "config.sampling.variance = 'learned' needs config.diffusion.learned_variance = True")  # fmt: skip
+    _require(sampling.guidance_start < sampling.guidance_end, "config.sampling.guidance_start must be below guidance_end")
+    _require(not discrete or sampling.steps <= diffusion.num_timesteps, f"config.sampling.steps = {sampling.steps} must not exceed "
+             f"config.diffusion.num_timesteps = {diffusion.num_timesteps}")  # fmt: skip
+    _require(config.training.batch_size % config.training.accumulation_steps == 0,
+             f"config.training.batch_size = {config.training.batch_size} must be divisible by accumulation_steps = "
+             f"{config.training.accumulation_steps}")  # fmt: skip

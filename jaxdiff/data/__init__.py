@@ -1,0 +1,1 @@
+"""Data: sources, transforms and a random-access loader."""

@@ -1,0 +1,66 @@
+"""Pure functions on one uint8 image [h w c]: resize, crop, flip, grey <-> RGB.
+
+Nothing here draws random numbers: a random choice arrives as a uniform number u in [0, 1).
+"""
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+Pixels = UInt8[np.ndarray, "h w c"]
+
+
+def resize_shorter_side(image: Pixels, size: int) -> Pixels:
+    """Scale so that the shorter side has `size` pixels, keeping the aspect ratio.
+
+    Down by a whole factor: the mean of each block of pixels. Down otherwise: Lanczos, antialiased. Up: bicubic.
+    """
+    height, width, channels = image.shape
+    shorter = min(height, width)
+    if shorter == size:
+        return image
+    scaled = resized_shape((height, width), size)
+    factor = shorter // size
+    picture = Image.fromarray(image[..., 0] if channels == 1 else image)
+    if (height, width) == (scaled[0] * factor, scaled[1] * factor):
+        picture = picture.reduce(factor)
+    else:
+        method = Image.Resampling.BICUBIC if shorter < size else Image.Resampling.LANCZOS
+        picture = picture.resize((scaled[1], scaled[0]), method)
+    return np.asarray(picture).reshape(*scaled, channels)
+
+
+def resized_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
+    """Height and width after `resize_shorter_side`."""
+    shorter = min(shape)
+    height, width = (max(size, round(side * size / shorter)) for side in shape)
+    return height, width
+
+
+def centre_crop(image: Pixels, size: int) -> Pixels:
+    """The size x size window in the middle."""
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def random_crop(image: Pixels, size: int, u_top: float, u_left: float) -> Pixels:
+    """A size x size window; u_top, u_left in [0, 1) choose its place, every place alike."""
+    top, left = int(u_top * (image.shape[0] - size + 1)), int(u_left * (image.shape[1] - size + 1))
+    return image[top : top + size, left : left + size]
+
+
+def horizontal_flip(image: Pixels) -> Pixels:
+    """Left becomes right."""
+    return image[:, ::-1]
+
+
+def convert_channels(image: Pixels, channels: int) -> Pixels:
+    """Grey [h w 1] <-> RGB [h w 3]; grey is ITU-R 601 luma, and grey -> RGB -> grey changes nothing."""
+    if image.shape[-1] == channels:
+        return image
+    if (image.shape[-1], channels) == (1, 3):
+        return np.repeat(image, 3, axis=-1)
+    if (image.shape[-1], channels) == (3, 1):
+        weights = np.array([19595, 38470, 7471], np.uint32)  # 0.299, 0.587, 0.114 in units of 1 / 2^16
+        return ((image @ weights + 2**15) >> 16).astype(np.uint8)[..., None]
+    raise ValueError(f"cannot convert an image of {image.shape[-1]} channels to {channels} (only 1 <-> 3)")

@@ -1,0 +1,171 @@
+"""Attention over pixels and text: DDPM's block, and the transformer of latent diffusion (Rombach et al. 2022)."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from jaxdiff.models.layers import default_init, group_norm, zero_init
+
+AttentionImplementation = Literal["xla", "cudnn"] | None
+
+
+def choose_implementation(
+    implementation: AttentionImplementation, head_dim: int, dtype: DTypeLike
+) -> AttentionImplementation:
+    """Whether to follow a wish for cuDNN: it takes 16-bit inputs and heads of at most 128 channels, a multiple of 8.
+
+    A head it cannot take goes to XLA (Stable Diffusion 1 has heads of 40, 80 and 160 channels in one network); a
+    32-bit network raises, since there the wish could be met nowhere.
+    """
+    if implementation not in (None, "xla", "cudnn"):
+        raise ValueError(f'attention_implementation must be None, "xla" or "cudnn", not {implementation!r}')
+    if implementation != "cudnn":
+        return implementation
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        raise ValueError(f'attention_implementation="cudnn" needs dtype bfloat16 or float16, not {jnp.dtype(dtype)}')
+    return "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"
+
+
+class Attention(nn.Module):
+    """Multi-head attention softmax(q k^T / sqrt(d)) v (Vaswani et al. 2017); k and v come from x or from `context`."""
+
+    num_heads: int = 1
+    use_bias: bool = True  # of query, key and value; the output projection always has one
+    out_init: Initializer = default_init
+    implementation: AttentionImplementation = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"], context: Float[Array, "b m d"] | None = None) -> Float[Array, "b n c"]:
+        """Self-attention, or cross-attention when `context` is given; the softmax is float32."""
+        channels = x.shape[-1]
+        if channels % self.num_heads:
+            raise ValueError(f"attention: {channels} channels cannot be split into {self.num_heads} heads")
+        head_dim = channels // self.num_heads
+        source = x if context is None else context
+
+        def heads(name: str, inputs: Float[Array, "b n c"]) -> Float[Array, "b n heads head_dim"]:
+            projected = nn.Dense(
+                channels,
+                use_bias=self.use_bias,
+                kernel_init=default_init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )(inputs)
+            return projected.reshape(*projected.shape[:-1], self.num_heads, head_dim)
+
+        h = jax.nn.dot_product_attention(
+            heads("query", x),
+            heads("key", source),
+            heads("value", source),
+            implementation=choose_implementation(self.implementation, head_dim, self.dtype),
+        )
+        return nn.Dense(
+            channels, kernel_init=self.out_init, dtype=self.dtype, param_dtype=self.param_dtype, name="out"
+        )(h.reshape(x.shape))
+
+
+class AttentionBlock(nn.Module):
+    """x + attention(norm(x)) over all pixels (DDPM, app. B); the output projection starts at zero."""
+
+    num_heads: int = 1
+    epsilon: float = 1e-6
+    implementation: AttentionImplementation = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Every pixel attends to every pixel of its image."""
+        b, height, width, c = x.shape
+        h = group_norm(c, self.epsilon, self.dtype, self.param_dtype, name="norm")(x)
+        h = Attention(
+            self.num_heads,
+            out_init=zero_init,
+            implementation=self.implementation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="attention",
+        )(h.reshape(b, height * width, c))
+        return x + h.reshape(x.shape)
+
+
+class FeedForward(nn.Module):
+    """dense(a * gelu(b)) with (a, b) = dense(x), four times as wide inside (GEGLU, Shazeer 2020); the exact gelu."""
+
+    dropout: float = 0.0
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b n c"], *, train: bool = False) -> Float[Array, "b n c"]:
+        """Position by position."""
+        dtypes: dict[str, Any] = {"kernel_init": default_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
+        channels = x.shape[-1]
+        a, b = jnp.split(nn.Dense(8 * channels, name="dense_in", **dtypes)(x), 2, axis=-1)
+        h = nn.Dropout(self.dropout, deterministic=not train)(a * jax.nn.gelu(b, approximate=False))
+        return nn.Dense(channels, name="dense_out", **dtypes)(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, feed-forward; each after a LayerNorm and with a residual."""
+
+    num_heads: int
+    dropout: float = 0.0
+    implementation: AttentionImplementation = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b n c"], context: Float[Array, "b m d"] | None = None, *, train: bool = False
+    ) -> Float[Array, "b n c"]:
+        """Without a context the second attention is a self-attention too."""
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        attention: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "use_bias": False,
+            "implementation": self.implementation,
+            **dtypes,
+        }
+
+        def norm(name: str, inputs: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
+            return nn.LayerNorm(epsilon=1e-5, name=name, **dtypes)(inputs)
+
+        x += Attention(name="self_attention", **attention)(norm("norm1", x))
+        x += Attention(name="cross_attention", **attention)(norm("norm2", x), context)
+        return x + FeedForward(self.dropout, name="feed_forward", **dtypes)(norm("norm3", x), train=train)
+
+
+class SpatialTransformer(nn.Module):
+    """x + project(transformer blocks(project(norm(x)))) over all pixels (Rombach et al. 2022, app. E.2.1)."""
+
+    num_heads: int
+    depth: int = 1
+    dropout: float = 0.0
+    epsilon: float = 1e-6
+    implementation: AttentionImplementation = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], context: Float[Array, "b m d"] | None = None, *, train: bool = False
+    ) -> Float[Array, "b h w c"]:
+        """Every pixel attends to every pixel of its image and to its text; the last projection starts at zero."""
+        b, height, width, c = x.shape
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        h = group_norm(c, self.epsilon, name="norm", **dtypes)(x).reshape(b, height * width, c)
+        h = nn.Dense(c, kernel_init=default_init, name="project_in", **dtypes)(h)
+        for i in range(self.depth):
+            block = TransformerBlock(self.num_heads, self.dropout, self.implementation, name=f"block_{i}", **dtypes)
+            h = block(h, context, train=train)
+        h = nn.Dense(c, kernel_init=zero_init, name="project_out", **dtypes)(h)
+        return x + h.reshape(x.shape)

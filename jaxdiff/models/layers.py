@@ -1,0 +1,142 @@
+"""Bricks of convolutional image networks: norm, convolution, residual block, resampling, patches (DDPM, app. B).
+
+Every module computes in `dtype` and keeps its parameters in `param_dtype`; statistics are float32 whatever these are.
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.initializers import variance_scaling, zeros_init
+from jax.nn.initializers import Initializer
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+# DDPM draws every weight uniformly with variance 2 / (fan_in + fan_out).
+default_init: Initializer = variance_scaling(1.0, "fan_avg", "uniform")
+zero_init: Initializer = zeros_init()
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# One pixel on every side, as PyTorch's padding=1. At stride 2 "SAME" is something else: it pads bottom and right only.
+SYMMETRIC: Padding = ((1, 1), (1, 1))
+# How the VAE of Stable Diffusion pads before it halves the image.
+BOTTOM_RIGHT: Padding = ((0, 1), (0, 1))
+
+
+def num_groups(channels: int, most: int = 32) -> int:
+    """Groups of a GroupNorm: 32, or fewer where channels are few (at least 4 channels a group), dividing `channels`."""
+    most = max(1, min(most, channels // 4))
+    return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+
+
+def group_norm(channels: int, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.GroupNorm:
+    """Group normalisation (Wu & He 2018) whose statistics and affine map are float32, and the result `dtype`."""
+    return nn.GroupNorm(num_groups(channels), epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, name=name)
+
+
+def conv3x3(
+    features: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+    name: str,
+    *,
+    stride: int = 1,
+    padding: Padding = SYMMETRIC,
+    kernel_init: Initializer = default_init,
+) -> nn.Conv:
+    """3x3 convolution that pads one pixel on every side unless told otherwise."""
+    return nn.Conv(
+        features,
+        (3, 3),
+        strides=stride,
+        padding=padding,
+        kernel_init=kernel_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        name=name,
+    )
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + dense(swish(embedding)))))); the last conv starts at zero."""
+
+    channels: int
+    dropout: float = 0.0
+    epsilon: float = 1e-6
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], embedding: Float[Array, "b e"] | None = None, *, train: bool = False
+    ) -> Float[Array, "b h w d"]:
+        """`embedding`: what the block is told of time and label; None for a block without (a VAE's)."""
+        dtypes = (self.dtype, self.param_dtype)
+        h = group_norm(x.shape[-1], self.epsilon, *dtypes, name="norm1")(x)
+        h = conv3x3(self.channels, *dtypes, name="conv1")(nn.swish(h))
+        if embedding is not None:
+            projection = nn.Dense(
+                self.channels,
+                kernel_init=default_init,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name="embedding_projection",
+            )(nn.swish(embedding))
+            h += projection[:, None, None, :]
+        h = group_norm(self.channels, self.epsilon, *dtypes, name="norm2")(h)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(h))
+        h = conv3x3(self.channels, *dtypes, name="conv2", kernel_init=zero_init)(h)
+        if x.shape[-1] != self.channels:
+            x = nn.Dense(
+                self.channels, kernel_init=default_init, dtype=self.dtype, param_dtype=self.param_dtype, name="shortcut"
+            )(x)
+        return x + h
+
+
+class Downsample(nn.Module):
+    """Halve the image by a 3x3 convolution of stride 2."""
+
+    padding: Padding = SYMMETRIC
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
+        """Pixel (i, j) of the result is centred on pixel (2i, 2j) of x under symmetric padding."""
+        conv = conv3x3(x.shape[-1], self.dtype, self.param_dtype, "conv", stride=2, padding=self.padding)
+        return conv(x)
+
+
+class Upsample(nn.Module):
+    """Double the image by repeating pixels (nearest neighbour), then a 3x3 convolution."""
+
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
+        """Double height and width."""
+        return conv3x3(x.shape[-1], self.dtype, self.param_dtype, "conv")(repeat_pixels(x))
+
+
+def repeat_pixels(x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
+    """Nearest-neighbour doubling by broadcast and reshape, which no backend turns into a gather."""
+    b, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def space_to_depth(x: Float[Array, "b h w c"], patch_size: int) -> Float[Array, "b h/p w/p p*p*c"]:
+    """Fold each p x p patch of pixels into the channels of one; the inverse of `depth_to_space`."""
+    if patch_size == 1:
+        return x
+    b, h, w, c = x.shape
+    p = patch_size
+    return x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h // p, w // p, p * p * c)
+
+
+def depth_to_space(x: Float[Array, "b h w p*p*c"], patch_size: int) -> Float[Array, "b p*h p*w c"]:
+    """Unfold channels into p x p patches of pixels; the inverse of `space_to_depth`."""
+    if patch_size == 1:
+        return x
+    b, h, w, folded = x.shape
+    p, c = patch_size, folded // patch_size**2
+    return x.reshape(b, h, w, p, p, c).transpose(0, 1, 3, 2, 4, 5).reshape(b, h * p, w * p, c)

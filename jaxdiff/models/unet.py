@@ -1,0 +1,171 @@
+"""The U-Net of DDPM (Ho et al. 2020, app. B), with labels, text context and patches at the door as options."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from jaxdiff.models.attention import AttentionBlock, AttentionImplementation, SpatialTransformer
+from jaxdiff.models.embeddings import TimeEmbedding
+from jaxdiff.models.layers import (
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    conv3x3,
+    depth_to_space,
+    group_norm,
+    space_to_depth,
+    zero_init,
+)
+
+
+class UNetBlock(nn.Module):
+    """A residual block, then attention if this level has it; the unit of rematerialisation."""
+
+    channels: int
+    attention: bool
+    num_heads: int
+    dropout: float
+    attention_implementation: AttentionImplementation
+    dtype: DTypeLike
+    param_dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        embedding: Float[Array, "b e"],
+        context: Float[Array, "b n k"] | None,
+        train: bool,
+    ) -> Float[Array, "b h w d"]:
+        """With a context the attention is latent diffusion's transformer, without it DDPM's attention block."""
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = ResidualBlock(self.channels, self.dropout, name="residual", **dtypes)(x, embedding, train=train)
+        if not self.attention:
+            return x
+        heads: dict[str, Any] = {"num_heads": self.num_heads, "implementation": self.attention_implementation}
+        if context is None:
+            return AttentionBlock(name="attention", **heads, **dtypes)(x)
+        return SpatialTransformer(name="transformer", dropout=self.dropout, **heads, **dtypes)(x, context, train=train)
+
+
+class UNet(nn.Module):
+    """Network of a diffusion model: noised images and their times to a prediction of the same size.
+
+    attention_resolutions: heights of the feature maps that get attention (an image of 32 pixels with patch_size 1 has
+        levels of 32, 16, 8 ... pixels; with patch_size 2 of 16, 8, 4 ...). The middle always has one.
+    num_heads or head_dim: heads of every attention, or the channels of one head (then num_heads is ignored).
+    num_classes: labels 0 .. num_classes - 1; the embedding table has one more row, the null label of classifier-free
+        guidance (`num_classes` itself, and what label=None means).
+    context_dim: channels of the text context; None for a model without text.
+    patch_size: each p x p patch of pixels is one position with p * p as many channels inside the network.
+    dtype, param_dtype: of the computation and of the parameters. Statistics, softmax and time embedding are float32.
+    remat: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    out_channels: int
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (16,)
+    num_heads: int = 1
+    head_dim: int | None = None
+    dropout: float = 0.0
+    num_classes: int = 0
+    context_dim: int | None = None
+    patch_size: int = 1
+    attention_implementation: AttentionImplementation = None
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
+    remat: bool = False
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        time: Float[Array, " b"],
+        label: Int[Array, " b"] | None = None,
+        context: Float[Array, "b n k"] | None = None,
+        *,
+        train: bool = False,
+    ) -> Float[Array, "b h w {self.out_channels}"]:
+        """Float32 prediction; exactly zero before training. With train=True dropout needs rngs={"dropout": key}."""
+        self._check(x, label, context)
+        dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        embedding = self._embedding(time, label)
+        context = None if context is None else context.astype(self.dtype)
+        last = len(self.channel_multipliers) - 1
+        widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
+
+        h = space_to_depth(x.astype(self.dtype), self.patch_size)
+        h = conv3x3(self.channels, name="conv_in", **dtypes)(h)
+        skips = [h]
+        for level, width in enumerate(widths):
+            for i in range(self.num_res_blocks):
+                h = self._block(width, h, f"down_{level}_{i}")(h, embedding, context, train)
+                skips.append(h)
+            if level < last:
+                h = Downsample(name=f"down_{level}_downsample", **dtypes)(h)
+                skips.append(h)
+
+        h = self._block(widths[-1], h, "middle_0", attention=True)(h, embedding, context, train)
+        h = self._block(widths[-1], h, "middle_1", attention=False)(h, embedding, context, train)
+
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.num_res_blocks + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self._block(width, h, f"up_{level}_{i}")(h, embedding, context, train)
+            if level > 0:
+                h = Upsample(name=f"up_{level}_upsample", **dtypes)(h)
+
+        h = nn.swish(group_norm(h.shape[-1], 1e-6, name="norm_out", **dtypes)(h))
+        h = conv3x3(self.out_channels * self.patch_size**2, name="conv_out", kernel_init=zero_init, **dtypes)(h)
+        return depth_to_space(h, self.patch_size).astype(jnp.float32)
+
+    def _block(self, channels: int, x: Float[Array, "b h w c"], name: str, attention: bool | None = None) -> nn.Module:
+        """The block called `name`, for a feature map like x; attention=None lets the resolution decide."""
+        block = nn.remat(UNetBlock, static_argnums=(4,)) if self.remat else UNetBlock  # argument 4 is `train`
+        return block(
+            channels,
+            attention=x.shape[1] in self.attention_resolutions if attention is None else attention,
+            num_heads=self.num_heads if self.head_dim is None else channels // self.head_dim,
+            dropout=self.dropout,
+            attention_implementation=self.attention_implementation,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def _embedding(self, time: Float[Array, " b"], label: Int[Array, " b"] | None) -> Float[Array, "b e"]:
+        """What every residual block is told: the time, plus the label where the model has labels."""
+        width = 4 * self.channels
+        embedding = TimeEmbedding(self.channels, width, param_dtype=self.param_dtype, name="time_embedding")(time)
+        if self.num_classes == 0:
+            return embedding
+        if label is None:
+            label = jnp.full(time.shape, self.num_classes)
+        table = nn.Embed(
+            self.num_classes + 1, width, dtype=jnp.float32, param_dtype=self.param_dtype, name="label_embedding"
+        )
+        return embedding + table(label)
+
+    def _check(
+        self, x: Float[Array, "b h w c"], label: Int[Array, " b"] | None, context: Float[Array, "b n k"] | None
+    ) -> None:
+        multiple = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+        if x.shape[1] % multiple or x.shape[2] % multiple:
+            raise ValueError(
+                f"U-Net: images of {x.shape[1]}x{x.shape[2]} pixels, but patch_size {self.patch_size} and "
+                f"{len(self.channel_multipliers)} levels need height and width to be multiples of {multiple}"
+            )
+        if label is not None and self.num_classes == 0:
+            raise ValueError("U-Net: got labels, but num_classes is 0; set num_classes or leave the labels out")
+        if (context is None) != (self.context_dim is None):
+            raise ValueError(
+                f"U-Net: context_dim is {self.context_dim}, but "
+                f"{'no context was given' if context is None else 'a context was given'}"
+            )
+        if context is not None and context.shape[-1] != self.context_dim:
+            raise ValueError(f"U-Net: context has {context.shape[-1]} channels, context_dim is {self.context_dim}")

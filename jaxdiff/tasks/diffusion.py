@@ -1,0 +1,223 @@
+"""Diffusion on pixels (Ho et al. 2020, https://arxiv.org/abs/2006.11239): network + noise schedule + loss + sampler from a config."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from jaxdiff.config import Config, DiffusionConfig, SamplingConfig
+from jaxdiff.diffusion import scheduler
+from jaxdiff.diffusion.guidance import classifier_free_guidance, clip_x0, dynamic_threshold
+from jaxdiff.diffusion.predictions import Denoised, Denoiser, make_denoiser
+from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
+from jaxdiff.diffusion.timesteps import make_timesteps
+from jaxdiff.generation.generate import Sample, make_generator
+from jaxdiff.generation.pictures import image_grid
+from jaxdiff.losses import diffusion_loss
+from jaxdiff.models.unet import UNet
+from jaxdiff.training.loop import Trainable
+from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxdiff.training.state import Batch, Metrics, Params, TrainState, create_state
+from jaxdiff.training.step import Update, make_update
+
+
+def make_schedule(config: DiffusionConfig) -> scheduler.Schedule:
+    """The noise schedule that a config names."""
+    if config.schedule == "flow":
+        return scheduler.FlowSchedule()
+    if config.schedule == "edm":
+        return scheduler.EDMSchedule(sigma_data=config.sigma_data)
+    if config.schedule == "cosine":
+        betas = scheduler.cosine_betas(config.num_timesteps)
+    else:
+        make_betas = {"linear": scheduler.linear_betas, "scaled_linear": scheduler.scaled_linear_betas}[config.schedule]
+        betas = make_betas(config.num_timesteps, config.beta_start, config.beta_end)
+    if config.zero_terminal_snr:
+        betas = scheduler.rescale_zero_terminal_snr(betas)
+    return scheduler.DiscreteSchedule.from_betas(betas)
+
+
+def make_model(config: Config) -> UNet:
+    """The U-Net that a config describes."""
+    model = config.model
+    implementation = None if model.attention_implementation == "auto" else model.attention_implementation
+    return UNet(
+        out_channels=config.data.channels * (1 + config.diffusion.learned_variance),
+        channels=model.channels,
+        channel_multipliers=model.channel_multipliers,
+        num_res_blocks=model.num_res_blocks,
+        attention_resolutions=model.attention_resolutions,
+        num_heads=model.num_heads,
+        dropout=model.dropout,
+        num_classes=max(model.num_classes, 0),
+        patch_size=model.patch_size,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+        remat=model.remat,
+        attention_implementation=implementation,
+    )
+
+
+def bind_condition(denoise: Denoiser, condition: Any) -> Denoiser:
+    """The denoiser with its condition fixed, as samplers want it."""
+
+    def bound(x_t: Array, t: Array, _condition: Any = None) -> Denoised:
+        return denoise(x_t, t, condition)
+
+    return bound
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionTask:
+    """A diffusion model: pure functions of its parameters."""
+
+    config: Config
+
+    @functools.cached_property
+    def model(self) -> UNet:
+        """The network."""
+        return make_model(self.config)
+
+    @functools.cached_property
+    def schedule(self) -> scheduler.Schedule:
+        """The noise schedule."""
+        return make_schedule(self.config.diffusion)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """[h w c] of an image."""
+        return (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes the model can be asked for; 0 where it is unconditional. The null label is `num_classes` itself."""
+        return self.config.model.num_classes
+
+    def init(self, key: Key[Array, ""]) -> Params:
+        """Random parameters."""
+        label = jnp.zeros((1,), jnp.int32) if self.num_classes else None
+        return self.model.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), label)["params"]
+
+    def network(self, params: Params, train: bool = False, dropout_key: Key[Array, ""] | None = None) -> Any:
+        """network(x, time, label) with these parameters."""
+
+        def apply(x: Array, time: Array, label: Int[Array, " b"] | None) -> Array:
+            rngs = {"dropout": dropout_key} if dropout_key is not None else None
+            return self.model.apply({"params": params}, x, time, label, train=train, rngs=rngs)
+
+        return apply
+
+    def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        """Mean loss over a batch; every example draws from a key of its own, so that sharding does not change the numbers."""
+        noise_key, label_key, dropout_key = jax.random.split(key, 3)
+        per_example = jax.vmap(jax.random.fold_in, (None, 0))
+        x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
+        config, label = self.config.diffusion, None
+        if self.num_classes:
+            keys = per_example(label_key, batch["index"])
+            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_dropout))(keys)
+            label = jnp.where(dropped, self.num_classes, batch["label"])
+        losses, metrics = diffusion_loss(
+            self.network(params, train=True, dropout_key=dropout_key if self.config.model.dropout else None),
+            self.schedule,
+            x0,
+            label,
+            per_example(noise_key, batch["index"]),
+            prediction=config.prediction,
+            loss=config.loss,
+            learned_variance=config.learned_variance,
+            sigma_data=config.sigma_data if config.schedule == "edm" else None,
+            gamma=config.min_snr_gamma,
+        )
+        parts = ("mse", "vlb") if config.loss != "simple" else ()  # of which the loss consists
+        return losses.mean(), {name: metrics[name].mean() for name in parts if name in metrics}
+
+    def denoiser(self, params: Params) -> Denoiser:
+        """denoise(x_t, t, label) -> Denoised."""
+        diffusion = self.config.diffusion
+        return make_denoiser(self.network(params), self.schedule, diffusion.prediction, diffusion.learned_variance)
+
+    def make_sample(self, settings: SamplingConfig, guided: bool) -> Sample:
+        """sample(params, keys, labels, knobs) -> images: what is in `settings` as a word or a count is compiled in, `knobs`
+        (see `make_knobs`) is traced. `guided`: with classifier-free guidance, at twice the cost.
+        """
+        timesteps = make_timesteps(self.schedule, settings.steps, settings.spacing)
+        sampler = SAMPLERS[settings.sampler]
+        options: dict[str, Any] = {"variance": settings.variance} if settings.sampler == "ddpm" else {}
+        everywhere = (settings.guidance_start, settings.guidance_end) == (0, 1)  # an interval compiles the network twice
+
+        def sample(params: Params, keys: Any, labels: Any, knobs: dict[str, Any]) -> Float[Array, "b h w c"]:
+            denoise = self.denoiser(params)
+            if guided:
+                null = jnp.full_like(labels, self.num_classes)
+                denoise = classifier_free_guidance(
+                    denoise,
+                    labels,
+                    null,
+                    knobs["guidance"],
+                    interval=None if everywhere else knobs["interval"],
+                    rescale=knobs["rescale"] if settings.guidance_rescale else 0.0,
+                    schedule=self.schedule,
+                    prediction=self.config.diffusion.prediction,
+                )
+            else:
+                denoise = bind_condition(denoise, labels)
+            if settings.clip == "clip":
+                denoise = clip_x0(denoise, self.schedule)
+            elif settings.clip == "dynamic":
+                denoise = dynamic_threshold(denoise, self.schedule)
+            if settings.sampler == "ddim":
+                options["eta"] = knobs["eta"]
+            x_T = initial_noise(self.schedule, keys, (len(keys), *self.image_shape))
+            return sampler(denoise, self.schedule, x_T, timesteps, keys, **options)
+
+        return sample
+
+    def make_knobs(self, settings: SamplingConfig) -> dict[str, Any]:
+        """The numbers of `settings` that may change without a recompilation."""
+        times = make_timesteps(self.schedule, settings.steps, settings.spacing)
+        last = len(times) - 1
+        low = times[min(int(np.ceil(settings.guidance_end * last)), last)]
+        high = times[int(settings.guidance_start * last)]
+        return {
+            "guidance": np.float32(settings.guidance),
+            "rescale": np.float32(settings.guidance_rescale),
+            "interval": (np.float32(low), np.float32(high)),
+            "eta": np.float32(settings.eta),
+        }
+
+    def trainable(self, mesh: Mesh) -> Trainable:
+        """This task as the training loop wants it."""
+        config = self.config
+        optimizer = make_optimizer(config.optimizer, config.training.num_steps)
+        rate: optax.Schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
+
+        def update(axis_name: str | None) -> Update:
+            steps = config.training.accumulation_steps
+            return make_update(self.loss, optimizer, config.optimizer, rate, steps, axis_name)
+
+        return Trainable(
+            init=lambda key: create_state(self.init(key), optimizer),
+            make_update=update,
+            pictures=self._pictures(mesh),
+        )
+
+    def _pictures(self, mesh: Mesh) -> Any:
+        """A grid of samples from the moving average of the parameters: the same seeds (and labels, by column) every time."""
+        settings = self.config.sampling
+        guided = bool(self.num_classes) and settings.guidance != 1
+        generate = make_generator(self.make_sample(settings, guided), mesh, settings.batch_per_device)
+        seeds = np.arange(settings.num_images)
+        labels = seeds.astype(np.int32) % self.num_classes if self.num_classes else None
+
+        def pictures(state: TrainState) -> dict[str, UInt8[np.ndarray, "h w c"]]:
+            images = np.concatenate(list(generate(state.ema_params, seeds, labels, self.make_knobs(settings))))
+            return {"samples": image_grid(images, columns=self.num_classes if 0 < self.num_classes <= 16 else None)}
+
+        return pictures

@@ -1,0 +1,1 @@
+"""How anything is trained: state, step, sharding, loop, checkpoints, logging."""

@@ -1,0 +1,85 @@
+"""What a run leaves to read and to look at: metrics.jsonl, TensorBoard files, pictures, a loss curve, a progress bar."""
+
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from jaxdiff.files import replacing, save_png, write_text
+
+
+class MetricsLog:
+    """Scalars and pictures of one run. What an interrupted run logged beyond `start_step` is dropped: it will be made again."""
+
+    def __init__(self, workdir: pathlib.Path, start_step: int):
+        self.workdir = workdir
+        self._path = workdir / "metrics.jsonl"
+        if self._path.exists():
+            kept = [record for record in read_metrics(self._path) if record["step"] <= start_step]
+            write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = self._path.open("a")
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """One line of metrics.jsonl, and the same to TensorBoard."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> pathlib.Path:
+        """A PNG `<name>/step_<step>.png`, and the same to TensorBoard."""
+        path = self.workdir / name / f"step_{step:07d}.png"
+        save_png(path, image)
+        self._tensorboard.add_image(name, image, step, dataformats="HWC")
+        self._tensorboard.flush()
+        return path
+
+    def close(self) -> None:
+        """Flush everything to disk."""
+        self._file.close()
+        self._tensorboard.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def save_curve(workdir: pathlib.Path, names: list[str]) -> pathlib.Path | None:
+    """A PNG `curves.png` of the named metrics over the steps, one panel each; None while there is nothing to draw."""
+    from matplotlib.figure import Figure
+
+    records = read_metrics(workdir / "metrics.jsonl")
+    drawn = [name for name in names if sum(name in record for record in records) > 1]
+    if not drawn:
+        return None
+    figure = Figure(figsize=(5 * len(drawn), 3.5), layout="constrained")
+    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(drawn))), drawn, strict=True):
+        points = [(record["step"], record[name]) for record in records if name in record]
+        axes.plot(*zip(*points, strict=True), linewidth=1)
+        axes.set(xlabel="step", ylabel=name)
+        if all(value > 0 for _, value in points):
+            axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+    path = workdir / "curves.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
+    return path
+
+
+def progress_bar(start: int, total: int, description: str, unit: str = "step", hidden: bool = False) -> tqdm:
+    """A tqdm bar from `start` to `total` with speed and ETA."""
+    return tqdm(
+        initial=start, total=total, desc=description, unit=unit, dynamic_ncols=True, disable=hidden, mininterval=0.5
+    )

@@ -1,0 +1,194 @@
+"""The loop: it takes any task through its steps, saves, logs, draws, and stops politely. It knows no task by name."""
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, UInt8
+
+from jaxdiff.config import TrainingConfig
+from jaxdiff.training.checkpoints import Checkpoints, abstract_state
+from jaxdiff.training.log import MetricsLog, progress_bar, save_curve
+from jaxdiff.training.sharding import make_runner
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient became infinite or NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainable:
+    """All that the loop knows of a task.
+
+    The state is any pytree dataclass with a `step`; `make_update(axis_name)` gives update(state, batch, key) -> (state, metrics)
+    whose metrics hold `loss` and `finite`; `pictures(state)` gives named uint8 images to look at.
+    """
+
+    init: Callable[[Key[Array, ""]], Any]
+    make_update: Callable[[str | None], Callable[..., Any]]
+    pictures: Callable[[Any], dict[str, UInt8[np.ndarray, "h w c"]]]
+    curves: tuple[str, ...] = ("loss", "grad_norm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended: the step reached, the state, and the signal that stopped it (None: it ran to its end)."""
+
+    step: int
+    state: Any
+    stopped_by: signal.Signals | None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """Collect SIGINT and SIGTERM in a list instead of dying of the first; a second one acts as usual."""
+    received: list[signal.Signals] = []
+    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _frame: Any) -> None:
+        received.append(signal.Signals(number))
+        signal.signal(number, old[signal.Signals(number)])
+        print(f"\n{received[-1].name}: stopping after this step", file=sys.stderr)
+
+    try:
+        for s in old:
+            signal.signal(s, note)
+    except ValueError:  # not in the main thread (a notebook's worker): signals are someone else's business
+        old = {}
+    try:
+        yield received
+    finally:
+        for s, handler in old.items():
+            signal.signal(s, handler)
+
+
+def train(
+    task: Trainable,
+    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    config: TrainingConfig,
+    mesh: Mesh,
+    mode: str,
+    seed: int,
+    workdir: pathlib.Path,
+) -> Outcome:
+    """Train until `config.num_steps` or a signal, going on from the newest checkpoint in `workdir`.
+
+    `batches(start)` iterates this process's share of batches start, start + 1, ... Raises NonFiniteLossError.
+    """
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    shapes = jax.eval_shape(task.init, init_key)
+    runner = make_runner(task.make_update, shapes, mesh, mode)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
+    restored = checkpoints.restore_latest(abstract_state(shapes, runner.state_shardings))
+    if restored is None:
+        start, state = 0, init_sharded(task.init, init_key, runner.state_shardings)
+    else:
+        start, state = restored
+        print(f"going on from step {start}", flush=True)
+    log = MetricsLog(workdir, start)
+    run = _Run(task, config, log, checkpoints, start)
+    stopped = None
+    try:
+        with stop_signals() as received, contextlib.closing(_as_generator(batches(start))) as source:
+            for step in range(start, config.num_steps):
+                state, metrics = runner.step(state, runner.put_batch(next(source)), run_key)
+                run.after_step(step + 1, state, metrics)
+                if received:
+                    stopped = received[0]
+                    break
+        run.finish(state)
+    finally:
+        run.bar.close()
+        log.close()
+        checkpoints.close()
+    return Outcome(run.step, state, stopped)
+
+
+def init_sharded(init: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
+    """Make the initial state where it will live. Optimising this once-run program would cost more than it saves."""
+    compiled = jax.jit(init, out_shardings=shardings).lower(key)
+    return compiled.compile(compiler_options={"xla_backend_optimization_level": 0})(key)
+
+
+def _as_generator(iterator: Iterator[Any]) -> Any:
+    yield from iterator
+
+
+class _Run:
+    """The bookkeeping around the steps of one run."""
+
+    def __init__(self, task: Trainable, config: TrainingConfig, log: MetricsLog, checkpoints: Checkpoints, start: int):
+        self.task, self.config, self.log, self.checkpoints = task, config, log, checkpoints
+        self.step = self.saved = self.drawn = start
+        self.bar = progress_bar(start, config.num_steps, "training")
+        self._pending: list[Any] = []  # metrics still on the device: reading them at every step would stall it
+        self._since = time.perf_counter()
+        self.bar.set_postfix_str("compiling the first step")
+
+    def after_step(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
+        """Log, draw and save whatever is due after `step` updates."""
+        config, first = self.config, not self._pending and self.step == self.saved == self.drawn
+        self.step = step
+        self._pending.append(metrics)
+        self.bar.update()
+        if first and self.bar.n - self.bar.initial == 1:
+            jax.block_until_ready(metrics)
+            self.bar.set_postfix_str(f"first step after {time.perf_counter() - self._since:.1f} s")
+            self._since = time.perf_counter()
+        if step % config.log_every == 0:
+            self.flush(step)
+        if config.sample_every and step % config.sample_every == 0 and step < config.num_steps:
+            self.draw(state)
+        if step % config.checkpoint_every == 0:
+            self.save(state)
+
+    def flush(self, step: int) -> None:
+        """Read the pending metrics, refuse non-finite ones, and log their mean."""
+        if not self._pending:
+            return
+        history, self._pending = jax.device_get(self._pending), []
+        for offset, metrics in enumerate(history, start=step - len(history) + 1):
+            if not metrics["finite"]:
+                raise NonFiniteLossError(
+                    f"step {offset}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; the last good "
+                    f"checkpoint is that of step {self.saved} (try a smaller learning rate, or float32)"
+                )
+        now = time.perf_counter()
+        seconds, self._since = now - self._since, now
+        values = {name: float(np.mean([m[name] for m in history])) for name in history[0] if name != "finite"}
+        values["steps_per_second"] = len(history) / seconds
+        values["images_per_second"] = values["steps_per_second"] * self.config.batch_size
+        self.log.scalars(step, values)
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
+
+    def draw(self, state: Any) -> None:
+        """Make the task's pictures; the time they take is not counted as training time."""
+        self.flush(self.step)
+        started = time.perf_counter()
+        for name, image in self.task.pictures(state).items():
+            self.log.picture(self.step, name, image)
+        self.drawn = self.step
+        self._since += time.perf_counter() - started
+
+    def save(self, state: Any) -> None:
+        """Save a checkpoint, once the loss of every step up to it is known to be finite."""
+        self.flush(self.step)
+        if self.saved != self.step:
+            self.checkpoints.save(self.step, state)
+            self.saved = self.step
+
+    def finish(self, state: Any) -> None:
+        """Save what was reached; draw the last pictures where the run came to its end."""
+        self.save(state)
+        if self.step >= self.config.num_steps and self.drawn != self.step:
+            self.bar.set_postfix_str("drawing the last samples")
+            self.draw(state)
+        save_curve(self.log.workdir, list(self.task.curves))

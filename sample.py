@@ -1,0 +1,115 @@
+"""Make images with a trained run.
+
+    python sample.py --workdir runs/mnist --num 64 --out samples/
+    python sample.py --workdir runs/mnist --num 64 --label 7 --sampler ddim --steps 50 --guidance 3 --seed 0 --out samples/
+    python sample.py --workdir runs/mnist --num 1000 --label 0,1,2 --npz samples.npz
+
+Writes one PNG per image into --out (named by its seed) and a grid of them beside the folder; or, with --npz, one file with the
+uint8 array `images` [n h w c], `labels` and `seeds`. Image i has the seed SEED + i and depends on nothing else but the model and
+the settings below: not on --num, --batch_per_device or the number of devices. Defaults of the settings are those of the run.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+
+from jaxdiff.command_line import one_line_errors, set_up_compilation_cache
+from jaxdiff.config import Config, ConfigError, SamplingConfig, check
+from jaxdiff.files import replacing, save_png
+from jaxdiff.generation.pictures import image_grid
+from jaxdiff.tasks.run import load_run
+from jaxdiff.training.log import progress_bar
+
+SETTINGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
+HELP = {
+    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral",
+    "steps": "steps of the sampler; more is slower and better",
+    "spacing": "where the steps lie: linspace | leading | trailing | karras",
+    "eta": "ddim: 0 deterministic ... 1 as random as ddpm",
+    "variance": "ddpm: fixed_small | fixed_large | learned",
+    "guidance": "classifier-free guidance scale; 1 = none, 2 to 5 is usual",
+    "guidance_start": "guidance acts from this fraction of sampling ...",
+    "guidance_end": "... to this one",
+    "guidance_rescale": "0 to 1: pull the guided contrast back to normal",
+    "clip": "predicted pixels outside their range: none | clip | dynamic",
+    "batch_per_device": "images that a device makes at a time",
+}
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The flags; argparse itself ends with status 2 on a wrong one."""
+    usage, text = (__doc__ or "").split("\n\n", 1)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sample.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False)
+    parser.add_argument("--workdir", required=True, help="the run's folder, as train.py printed it")
+    parser.add_argument("--num", type=int, default=16, help="how many images (default 16)")
+    parser.add_argument("--label", default="", help="class, or classes to cycle through, as in 0,1,2 (default: all of them)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
+    parser.add_argument("--out", default="samples", help="folder for the PNG files (default samples/)")
+    parser.add_argument("--npz", help="write one .npz file instead of PNG files")
+    for name, field in SETTINGS.items():
+        kind = field.type if isinstance(field.type, type) else str
+        parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=HELP[name])
+    return parser.parse_args(argv)
+
+
+def checked_settings(args: argparse.Namespace, config: Config) -> SamplingConfig:
+    """The run's sampling settings with the flags' changes. Raises ConfigError."""
+    changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
+    for name, value in changes.items():
+        choices = getattr(SETTINGS[name].type, "__args__", None)
+        if choices and value not in choices:
+            raise ConfigError(f"--{name} {value}: must be one of {', '.join(choices)}")
+    settings = dataclasses.replace(config.sampling, **changes)
+    try:
+        check(dataclasses.replace(config, sampling=settings))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.sampling.", "--")) from error
+    if args.num < 1:
+        raise ConfigError(f"--num {args.num}: must be at least 1")
+    if not 0 <= args.seed <= 2**32 - args.num:
+        raise ConfigError(f"--seed {args.seed}: the seeds of {args.num} images must lie from 0 to 2**32 - 1")
+    return settings
+
+
+def main() -> None:
+    """Open the run, make the images, write them."""
+    args = parse_args(sys.argv[1:])
+    with one_line_errors():
+        set_up_compilation_cache()
+        run = load_run(args.workdir)
+        settings = checked_settings(args, run.task.config)
+        labels = run.labels([name.strip() for name in args.label.split(",") if name.strip()], args.num)
+        seeds = np.arange(args.seed, args.seed + args.num, dtype=np.uint32)
+        print(f"{args.workdir}, step {run.step}: {args.num} images, {settings.sampler}, {settings.steps} steps, "
+              f"guidance {settings.guidance:g}", flush=True)  # fmt: skip
+        images = make_images(run.generate(seeds, labels, settings), args.num)
+        if args.npz:
+            arrays = {"images": images, "seeds": seeds} | ({} if labels is None else {"labels": labels})
+            with replacing(args.npz) as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, **arrays)
+            print(f"wrote {args.npz}")
+            return
+        folder = pathlib.Path(args.out)
+        for seed, image in zip(seeds, images, strict=True):
+            save_png(folder / f"{seed:06d}.png", image)
+        grid = folder.parent / f"{folder.name}_grid.png"
+        save_png(grid, image_grid(images[:1024]))
+        print(f"wrote {args.num} PNG files to {folder}/ and {grid}")
+
+
+def make_images(batches, count: int) -> np.ndarray:
+    """All images, with a progress bar."""
+    parts = []
+    with progress_bar(0, count, "sampling", unit="image") as bar:
+        for part in batches:
+            parts.append(part)
+            bar.update(len(part))
+    return np.concatenate(parts)
+
+
+if __name__ == "__main__":
+    main()

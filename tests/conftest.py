@@ -1,0 +1,21 @@
+"""Strictness for every test: 8 simulated CPU devices, no silent rank promotion, a persistent compilation cache."""
+
+import os
+import pathlib
+
+import jax
+import pytest
+
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "jaxdiff" / "xla"))
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def golden_dir() -> pathlib.Path:
+    """Folder of the golden .npz files (each is made by the script beside it)."""
+    return pathlib.Path(__file__).parent / "golden"

@@ -1,0 +1,149 @@
+"""Bricks against closed forms in NumPy float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.models.embeddings import sinusoidal_embedding
+from jaxdiff.models.layers import (
+    BOTTOM_RIGHT,
+    Downsample,
+    ResidualBlock,
+    Upsample,
+    depth_to_space,
+    group_norm,
+    num_groups,
+    repeat_pixels,
+    space_to_depth,
+)
+
+
+def randomize(params, key, scale=0.3):
+    """Normal numbers in every parameter: default scales of 1 and biases of 0 hide mistakes."""
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten(
+        [scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def test_num_groups_is_32_or_fewer_and_divides():
+    assert [num_groups(c) for c in (128, 256, 320, 64, 96, 24, 10, 4, 1)] == [32, 32, 32, 16, 24, 6, 2, 1, 1]
+
+
+def test_group_norm_matches_numpy():
+    x = 5.0 + 2.0 * jax.random.normal(jax.random.key(0), (2, 3, 5, 24))
+    norm = group_norm(24, 1e-2, jnp.float32, jnp.float32, "norm")  # a large epsilon, so that it shows
+    variables = randomize(norm.init(jax.random.key(1), x), jax.random.key(2))
+    scale, bias = (np.asarray(variables["params"][name], np.float64) for name in ("scale", "bias"))
+
+    groups = np.asarray(x, np.float64).reshape(2, 15, 6, 4)
+    mean = groups.mean(axis=(1, 3), keepdims=True)
+    variance = groups.var(axis=(1, 3), keepdims=True)
+    expected = ((groups - mean) / np.sqrt(variance + 1e-2)).reshape(x.shape) * scale + bias
+    np.testing.assert_allclose(norm.apply(variables, x), expected, atol=1e-5)
+
+
+def test_group_norm_statistics_are_float32_in_bfloat16():
+    """1000 + noise: bfloat16 sums of squares would lose the variance altogether."""
+    x = (256.0 + jax.random.randint(jax.random.key(0), (1, 16, 16, 8), 0, 4)).astype(jnp.bfloat16)
+    norm = group_norm(8, 1e-6, jnp.bfloat16, jnp.float32, "norm")
+    y = norm.apply(norm.init(jax.random.key(1), x), x)
+    assert y.dtype == jnp.bfloat16
+    groups = np.asarray(x, np.float64).reshape(256, 2, 4)
+    mean, deviation = groups.mean(axis=(0, 2), keepdims=True), groups.std(axis=(0, 2), keepdims=True)
+    np.testing.assert_allclose(np.asarray(y, np.float64), ((groups - mean) / deviation).reshape(x.shape), atol=0.02)
+
+
+def convolve(x, kernel, padding, stride=1):
+    """3x3 convolution, term by term."""
+    x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
+    rows, columns = ((size - 3) // stride + 1 for size in x.shape[1:3])
+    return sum(
+        x[:, i : i + stride * rows : stride, j : j + stride * columns : stride][:, :rows, :columns]
+        @ np.asarray(kernel[i, j], np.float64)
+        for i in range(3)
+        for j in range(3)
+    )
+
+
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), BOTTOM_RIGHT])
+def test_downsample_is_a_strided_convolution_with_stated_padding(padding):
+    x = jax.random.normal(jax.random.key(0), (1, 6, 4, 3))
+    layer = Downsample(padding=padding)
+    variables = randomize(layer.init(jax.random.key(1), x), jax.random.key(2))
+    conv = variables["params"]["conv"]
+    expected = convolve(x, conv["kernel"], padding, stride=2) + np.asarray(conv["bias"])
+    assert expected.shape == (1, 3, 2, 3)
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+def test_upsample_repeats_pixels_then_convolves():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 2, 4))
+    repeated = np.asarray(x).repeat(2, axis=1).repeat(2, axis=2)
+    np.testing.assert_array_equal(repeat_pixels(x), repeated)
+    assert "gather" not in jax.jit(repeat_pixels).lower(x).as_text()
+
+    layer = Upsample()
+    variables = randomize(layer.init(jax.random.key(1), x), jax.random.key(2))
+    conv = variables["params"]["conv"]
+    expected = convolve(repeated, conv["kernel"], ((1, 1), (1, 1))) + np.asarray(conv["bias"])
+    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+
+
+def test_patches_fold_and_unfold():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
+    folded = space_to_depth(x, 2)
+    assert folded.shape == (2, 3, 2, 12)
+    np.testing.assert_array_equal(folded[1, 2, 1].reshape(2, 2, 3), x[1, 4:6, 2:4])
+    np.testing.assert_array_equal(depth_to_space(folded, 2), x)
+
+
+def test_residual_block_matches_its_formula():
+    def swish(a):
+        return a / (1 + np.exp(-a))
+
+    def norm(a, p):
+        groups = a.reshape(a.shape[0], -1, num_groups(a.shape[-1]), a.shape[-1] // num_groups(a.shape[-1]))
+        centred = groups - groups.mean(axis=(1, 3), keepdims=True)
+        return (centred / np.sqrt(groups.var(axis=(1, 3), keepdims=True) + 1e-6)).reshape(a.shape) * p["scale"] + p[
+            "bias"
+        ]
+
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    embedding = jax.random.normal(jax.random.key(1), (2, 5))
+    block = ResidualBlock(12)
+    variables = randomize(block.init(jax.random.key(2), x, embedding), jax.random.key(3))
+    p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
+    symmetric = ((1, 1), (1, 1))
+    h = convolve(swish(norm(np.asarray(x, np.float64), p["norm1"])), p["conv1"]["kernel"], symmetric)
+    told = swish(np.asarray(embedding, np.float64)) @ p["embedding_projection"]["kernel"]
+    h += p["conv1"]["bias"] + (told + p["embedding_projection"]["bias"])[:, None, None]
+    h = convolve(swish(norm(h, p["norm2"])), p["conv2"]["kernel"], symmetric) + p["conv2"]["bias"]
+    expected = h + np.asarray(x, np.float64) @ p["shortcut"]["kernel"] + p["shortcut"]["bias"]
+    np.testing.assert_allclose(block.apply(variables, x, embedding), expected, atol=3e-5)
+
+
+def test_residual_block_starts_as_the_identity():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
+    y, _ = ResidualBlock(8).init_with_output(jax.random.key(1), x)
+    np.testing.assert_array_equal(y, x)
+
+
+@pytest.mark.parametrize(("dim", "shift", "cosine_first"), [(8, 1.0, False), (8, 0.0, True), (7, 1.0, False)])
+def test_sinusoidal_embedding_matches_formula(dim, shift, cosine_first):
+    t = np.array([0.0, 0.3, 17.0, 999.0])
+    half = dim // 2
+    angles = t[:, None] * np.exp(-np.log(10_000.0) * np.arange(half) / (half - shift))
+    parts = [np.sin(angles), np.cos(angles)]
+    expected = np.concatenate(parts[::-1] if cosine_first else parts, axis=1)
+    embedding = sinusoidal_embedding(
+        jnp.asarray(t),
+        dim,
+        frequency_shift=shift,
+        cosine_first=cosine_first,
+    )
+    assert embedding.shape == (4, dim) and embedding.dtype == jnp.float32
+    np.testing.assert_allclose(embedding[:, : 2 * half], expected, atol=2e-4)
+    np.testing.assert_array_equal(embedding[:, 2 * half :], 0.0)

@@ -1,0 +1,102 @@
+"""What a user types wrongly is answered by one line and exit status 2, before anything compiles."""
+
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jaxdiff.command_line import config_from_flags, one_line_errors
+from jaxdiff.config import ConfigError
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+def run(*argv, **options):
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=120, **options)
+
+
+WRONG_FLAGS = [
+    ([f"--config={DIGITS}", "--config.training.batchsize=3"], "unknown config key config.training.batchsize: .*batch_size"),
+    ([f"--config={DIGITS}", "--config.trainin.batch_size=3"], "config.trainin.batch_size"),
+    ([f"--config={DIGITS}", "--config.training.batch_size=many"], "config.training.batch_size=many: invalid literal"),
+    ([f"--config={DIGITS}", "--config.data.flip=maybe"], "config.data.flip=maybe"),
+    ([f"--config={DIGITS}", "config.seed=1"], "'config.seed=1' is not understood: flags begin with two dashes"),
+    ([f"--config={DIGITS}", "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
+    ([f"--config={DIGITS}", "--config.data.image_size=9"], "config.data.image_size = 9 must be divisible by"),
+    (["--config=configs/nothing.py"], "--config configs/nothing.py: no such file"),
+    (["--workdir=x"], "--config is missing"),
+]
+
+
+@pytest.mark.parametrize(("argv", "message"), WRONG_FLAGS, ids=lambda v: v[-1] if isinstance(v, list) else "")
+def test_wrong_flags_are_named(argv, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        config_from_flags(sys.argv, "usage")
+    error = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error), error
+
+
+def test_overrides_reach_the_config(monkeypatch, tmp_path):
+    argv = [
+        "train.py",
+        f"--config={DIGITS}",
+        "--config.training.batch_size=32",
+        "--config.data.dir=~/x",
+        "--config.model.channel_multipliers=1,2,2",
+        "--config.data.image_size=16",
+    ]
+    monkeypatch.setattr(sys, "argv", argv)
+    config, workdir = config_from_flags(argv, "usage")
+    assert config.training.batch_size == 32
+    assert config.model.channel_multipliers == (1, 2, 2)
+    assert workdir == pathlib.Path("runs/digits")
+    assert config.data.dir == "~/x"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--config=configs/folder.py", "--config.data.dir=nowhere"], "nowhere"),
+        ([f"--config={DIGITS}", "--config.training.batch_size=31", "--config.sharding.fsdp=2"], "config.sharding.fsdp = 2"),
+        ([f"--config={DIGITS}", "config.seed=1"], "config.seed=1"),
+    ],
+)
+def test_train_refuses_within_ten_seconds(argv, message, tmp_path):
+    started = time.perf_counter()
+    result = run("train.py", *argv, f"--workdir={tmp_path / 'run'}")
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and message in result.stderr
+    assert time.perf_counter() - started < 10
+    assert not (tmp_path / "run").exists(), "a refused run leaves nothing behind"
+
+
+def test_sample_refuses_a_folder_that_is_no_run(tmp_path):
+    result = run("sample.py", f"--workdir={tmp_path}")
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path}/config.json not found: {tmp_path} is not the workdir of a run\n"
+
+
+@pytest.mark.parametrize("command", ["train.py", "sample.py"])
+def test_help_is_worth_reading(command):
+    result = run(command, "--help")
+    assert result.returncode == 0
+    assert "--workdir" in result.stdout and f"python {command}" in result.stdout
+
+
+def test_one_line_errors_keeps_bugs_visible():
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        np.float64(1) / 1 + 1 // 0
+
+
+def test_config_errors_become_status_2(capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise ConfigError("two\nlines")
+    assert caught.value.code == 2 and capsys.readouterr().err == "error: two lines\n"

@@ -1,0 +1,107 @@
+"""The same update on one device, on a mesh, with FSDP, under pmap and with accumulation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.config import ConfigError, OptimizerConfig, ShardingConfig
+from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.training.loop import init_sharded
+from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxdiff.training.sharding import check_batch, fsdp_shardings, make_mesh, make_runner
+from jaxdiff.training.state import create_state
+from jaxdiff.training.step import make_update
+from tests.tiny import tiny_batch, tiny_config
+
+MODES = {
+    "jit": (ShardingConfig(), 8),
+    "pmap": (ShardingConfig(mode="pmap"), 8),
+    "fsdp": (ShardingConfig(fsdp=4), 8),
+}
+
+
+def states_after(sharding, num_devices, steps, **changes):
+    """Parameters and their moving average after some steps, on the host."""
+    config = tiny_config(**changes)
+    mesh = make_mesh(sharding, jax.devices()[:num_devices])
+    task = DiffusionTask(config).trainable(mesh)
+    key = jax.random.key(1)
+    shapes = jax.eval_shape(task.init, key)
+    runner = make_runner(task.make_update, shapes, mesh, sharding.mode)
+    state = init_sharded(task.init, key, runner.state_shardings)
+    losses = []
+    for step in range(steps):
+        state, metrics = runner.step(state, runner.put_batch(tiny_batch(config, seed=step)), key)
+        losses.append(float(metrics["loss"]))
+    return jax.device_get((state.params, state.ema_params)), losses, state
+
+
+def relative_distance(a, b):
+    """|a - b| / |b| over a whole pytree, in float64."""
+    difference = sum(np.sum((np.float64(x) - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return np.sqrt(difference / sum(np.sum(np.float64(y) ** 2) for y in jax.tree.leaves(b)))
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return states_after(ShardingConfig(), 1, 5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_five_steps_agree_with_one_device(one_device, mode):
+    sharding, devices = MODES[mode]
+    trees, losses, state = states_after(sharding, devices, 5)
+    np.testing.assert_allclose(losses, one_device[1], rtol=1e-5)
+    assert relative_distance(trees, one_device[0]) < 1e-5
+    if mode == "fsdp":
+        leaves = [x for x in jax.tree.leaves(state.params) if x.size >= 4096]
+        assert leaves and all(x.addressable_shards[0].data.size == x.size // 4 for x in leaves)
+
+
+def test_the_comparison_notices_other_noise(one_device):
+    """The bound above means something: other random numbers are far outside it."""
+    trees, _, _ = states_after(ShardingConfig(), 1, 5, **{"diffusion.label_dropout": 0.5})
+    assert relative_distance(trees, one_device[0]) > 1e-4
+
+
+def linear_update(accumulation_steps):
+    """An update of a linear model, whose gradient is easily averaged by hand."""
+    config = OptimizerConfig(clip_norm=0.0)
+    optimizer = make_optimizer(config, 1)
+
+    def loss(params, batch, key):
+        x = batch["image"].reshape(batch["image"].shape[0], -1).astype(jnp.float32) / 255
+        return jnp.mean((x @ params["w"] - batch["label"]) ** 2), {}
+
+    update = make_update(loss, optimizer, config, learning_rate_schedule(config, 1), accumulation_steps)
+    return update, create_state({"w": jnp.linspace(-1, 1, 64)}, optimizer)
+
+
+def test_accumulation_equals_one_large_batch():
+    batch, key = tiny_batch(tiny_config()), jax.random.key(0)
+    update, state = linear_update(1)
+    expected, metrics = update(state, batch, key)
+    for steps in (2, 4):
+        update, state = linear_update(steps)
+        accumulated, accumulated_metrics = jax.jit(update)(state, batch, key)
+        np.testing.assert_allclose(accumulated.params["w"], expected.params["w"], rtol=1e-6)
+        np.testing.assert_allclose(accumulated_metrics["loss"], metrics["loss"], rtol=1e-6)
+        np.testing.assert_allclose(accumulated_metrics["grad_norm"], metrics["grad_norm"], rtol=1e-6)
+
+
+def test_fsdp_splits_the_largest_divisible_dimension():
+    mesh = make_mesh(ShardingConfig(fsdp=4))
+    shapes = {"kernel": jax.ShapeDtypeStruct((3, 3, 64, 30), np.float32), "bias": jax.ShapeDtypeStruct((64,), np.float32)}
+    shardings = fsdp_shardings(shapes, mesh)
+    assert shardings["kernel"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
+    assert shardings["bias"].spec == jax.sharding.PartitionSpec()
+
+
+def test_impossible_meshes_and_batches_are_refused():
+    with pytest.raises(ConfigError, match="must divide the number of devices, 8"):
+        make_mesh(ShardingConfig(fsdp=3))
+    with pytest.raises(ConfigError, match="needs config.sharding.fsdp = 1"):
+        make_mesh(ShardingConfig(mode="pmap", fsdp=2))
+    with pytest.raises(ConfigError, match="divisible by 8 devices x 2 accumulation steps: 32 or 48 would do"):
+        check_batch(40, 2, make_mesh(ShardingConfig()))

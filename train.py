@@ -1,0 +1,38 @@
+"""Train an image generator.
+
+    python train.py --config configs/digits.py
+    python train.py --config configs/mnist.py --workdir runs/mnist
+    python train.py --config configs/cifar10.py --config.data.dir=~/tensorflow_datasets --config.training.batch_size=256
+    python train.py --config configs/folder.py --config.data.dir=my_photos
+
+--config FILE           what to train; each file in configs/ says what it needs, how long it takes and what to expect
+--config.KEY=VALUE      change one key of it; `--config FILE --help` lists them all with their values
+--workdir DIR           where everything goes (default: runs/<name of the config file>)
+
+The workdir gets config.json, metrics.jsonl, tensorboard/, samples/ (a PNG grid now and then), curves.png and checkpoints/.
+The same command again goes on where the run stopped. Ctrl-C and SIGTERM save first. Then: python sample.py --workdir DIR
+"""
+
+import shlex
+import sys
+
+from jaxdiff.command_line import config_from_flags, one_line_errors, set_up_compilation_cache
+from jaxdiff.tasks.run import train_run
+
+
+def main() -> None:
+    """Read the flags, train, say what to do next."""
+    with one_line_errors():
+        config, workdir = config_from_flags(sys.argv, __doc__ or "")
+        set_up_compilation_cache()
+        outcome = train_run(config, workdir)
+    if outcome.stopped_by is not None:
+        again = shlex.join(["python", *sys.argv])
+        print(f"stopped by {outcome.stopped_by.name} at step {outcome.step}, all is saved; to go on: {again}")
+        sys.exit(128 + outcome.stopped_by)
+    print(f"done at step {outcome.step}: see {workdir}/samples and {workdir}/curves.png")
+    print(f"to make images: python sample.py --workdir {shlex.quote(str(workdir))} --num 16 --out samples/")
+
+
+if __name__ == "__main__":
+    main()
