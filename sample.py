@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -43,10 +44,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; argparse itself ends with status 2 on a wrong one."""
     usage, text = (__doc__ or "").split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sample.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "sample.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("--workdir", required=True, help="the run's folder, as train.py printed it")
     parser.add_argument("--num", type=int, default=16, help="how many images (default 16)")
-    parser.add_argument("--label", default="", help="class, or classes to cycle through, as in 0,1,2 (default: all of them)")
+    parser.add_argument(
+        "--label", default="", help="class, or classes to cycle through, as in 0,1,2 (default: all of them)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
     parser.add_argument("--out", default="samples", help="folder for the PNG files (default samples/)")
     parser.add_argument("--npz", help="write one .npz file instead of PNG files")
@@ -101,7 +106,7 @@ def main() -> None:
         print(f"wrote {args.num} PNG files to {folder}/ and {grid}")
 
 
-def make_images(batches, count: int) -> np.ndarray:
+def make_images(batches: Iterator[np.ndarray], count: int) -> np.ndarray:
     """All images, with a progress bar."""
     parts = []
     with progress_bar(0, count, "sampling", unit="image") as bar:

@@ -29,15 +29,25 @@ def images_per_second(loader: Loader, start: int, num_batches: int) -> float:
 def report(source: Source, batch_size: int, num_threads: int | None) -> None:
     """Print the line of one source at its own image size."""
     assert source.image_shape is not None
-    loader = Loader(source, batch_size, seed=0, image_size=min(source.image_shape), channels=source.channels,
-                    flip=True, num_threads=num_threads)
+    loader = Loader(
+        source,
+        batch_size,
+        seed=0,
+        image_size=min(source.image_shape),
+        channels=source.channels,
+        flip=True,
+        num_threads=num_threads,
+    )
     epoch = max(1, len(source) // batch_size - loader.num_threads - 2)
     first = images_per_second(loader, 0, epoch)
     for n in range(len(source) // batch_size + 2):  # the rest of the epoch, so that all is in memory
         loader[n]
     later = images_per_second(loader, 10**6, max(200, min(epoch, 400)))
-    print(f"{source.describe()}: first epoch {first:,.0f} images/s, later {later:,.0f} images/s "
-          f"(batch {batch_size}, {loader.num_threads} threads)", flush=True)
+    print(
+        f"{source.describe()}: first epoch {first:,.0f} images/s, later {later:,.0f} images/s "
+        f"(batch {batch_size}, {loader.num_threads} threads)",
+        flush=True,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """DDPM on CIFAR-10 as published (Ho et al. 2020): 35,746,307 parameters, unconditional, 32x32.
 
-    python -m jaxdiff.data.cifar10 --dir ~/tensorflow_datasets     # once: 163 MB to download
+    python -m jaxdiff.data.cifar10 --dir ~/tensorflow_datasets     # once: 170 MB to download
     python train.py --config configs/cifar10.py --config.data.dir=~/tensorflow_datasets
 
 For accelerators: one GPU with bfloat16 (--config.model.dtype=bfloat16) or a TPU slice. The paper trained 800,000 steps and

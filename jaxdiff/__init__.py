@@ -1,1 +1,77 @@
-"""jaxdiff: image generators in JAX, from the first DDPM to Stable Diffusion."""
+"""jaxdiff: image generators in JAX, from the first DDPM to Stable Diffusion.
+
+The names that a notebook needs, by the order of the story:
+
+data         open_source, Loader
+noising      linear_betas, scaled_linear_betas, cosine_betas, rescale_zero_terminal_snr, DiscreteSchedule, FlowSchedule,
+             EDMSchedule, q_step, q_sample, q_posterior
+network      UNet
+loss         noise_mse, diffusion_loss
+denoising    make_denoiser, classifier_free_guidance, clip_x0, dynamic_threshold
+sampling     SAMPLERS, make_timesteps, initial_noise, to_uint8, image_grid
+likelihood   variational_bound, ode_log_likelihood
+whole runs   default_config, to_config, DiffusionTask, train_run, load_run
+"""
+
+from jaxdiff.config import default_config, to_config
+from jaxdiff.data.loader import Loader
+from jaxdiff.data.sources import open_source
+from jaxdiff.diffusion.guidance import classifier_free_guidance, clip_x0, dynamic_threshold
+from jaxdiff.diffusion.likelihood import ode_log_likelihood, variational_bound
+from jaxdiff.diffusion.predictions import make_denoiser
+from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
+from jaxdiff.diffusion.scheduler import (
+    DiscreteSchedule,
+    EDMSchedule,
+    FlowSchedule,
+    cosine_betas,
+    linear_betas,
+    q_posterior,
+    q_sample,
+    q_step,
+    rescale_zero_terminal_snr,
+    scaled_linear_betas,
+)
+from jaxdiff.diffusion.timesteps import make_timesteps
+from jaxdiff.generation.generate import to_uint8
+from jaxdiff.generation.pictures import image_grid
+from jaxdiff.losses import diffusion_loss, noise_mse
+from jaxdiff.models.unet import UNet
+from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.run import load_run, train_run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SAMPLERS",
+    "DiffusionTask",
+    "DiscreteSchedule",
+    "EDMSchedule",
+    "FlowSchedule",
+    "Loader",
+    "UNet",
+    "classifier_free_guidance",
+    "clip_x0",
+    "cosine_betas",
+    "default_config",
+    "diffusion_loss",
+    "dynamic_threshold",
+    "image_grid",
+    "initial_noise",
+    "linear_betas",
+    "load_run",
+    "make_denoiser",
+    "make_timesteps",
+    "noise_mse",
+    "ode_log_likelihood",
+    "open_source",
+    "q_posterior",
+    "q_sample",
+    "q_step",
+    "rescale_zero_terminal_snr",
+    "scaled_linear_betas",
+    "to_config",
+    "to_uint8",
+    "train_run",
+    "variational_bound",
+]

@@ -56,7 +56,9 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
         left = values(argv)[1:]
         config = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{_culprit(argv, error, path)}{error.args[0] if error.args else error}".strip("'\"")) from error
+        raise ConfigError(
+            f"{_culprit(argv, error, path)}{error.args[0] if error.args else error}".strip("'\"")
+        ) from error
     if left:
         raise ConfigError(f"{left[0]!r} is not understood: flags begin with two dashes, as in --config.seed=1")
     if helping:

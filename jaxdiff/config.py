@@ -1,7 +1,8 @@
 """The typed, validated form of a config file.
 
-A config file's `get_config()` starts from `default_config()`, a locked `ml_collections.ConfigDict` holding every key, and changes what
-it wants; `to_config` turns the result into the frozen dataclasses below, which check everything before anything compiles.
+A config file's `get_config()` starts from `default_config()`, a locked `ml_collections.ConfigDict` holding every key, and
+changes what it wants; `to_config` turns the result into the frozen dataclasses below, which check everything before anything
+compiles.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import difflib
 import json
 import types
 import typing
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import ml_collections
@@ -40,7 +42,9 @@ class ModelConfig:
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (16,)  # sides, in cells behind the patch door, at which self-attention acts
+    attention_resolutions: tuple[int, ...] = (
+        16,
+    )  # sides, in cells behind the patch door, at which self-attention acts
     num_heads: int = 1
     dropout: float = 0.1
     patch_size: int = 1  # space-to-depth at the door
@@ -215,80 +219,131 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     return value
 
 
-def _require(ok: bool, message: str) -> None:
-    if not ok:
-        raise ConfigError(message)
-
-
 def check(config: Config) -> None:
     """Refuse what cannot work, whatever the data and the machine. Raises ConfigError."""
-    _check_ranges(config)
-    _check_model(config)
-    _check_diffusion(config)
+    for rules in (_range_rules, _model_rules, _diffusion_rules, _sampling_rules):
+        for holds, message in rules(config):
+            if not holds:
+                raise ConfigError(f"config.{message}")
 
 
-def _check_ranges(config: Config) -> None:
-    numbers = flatten(config)
-    for name in ("data.image_size", "model.channels", "model.num_res_blocks", "model.num_heads", "model.patch_size",
-                 "diffusion.num_timesteps", "training.batch_size", "training.num_steps", "training.accumulation_steps",
-                 "training.log_every", "training.checkpoint_every", "training.keep_checkpoints", "data.num_threads",
-                 "sharding.fsdp", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"):  # fmt: skip
-        _require(numbers[name] >= 1, f"config.{name} = {numbers[name]} must be at least 1")
-    for name in ("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay",
-                 "seed", "sampling.guidance"):  # fmt: skip
-        _require(numbers[name] >= 0, f"config.{name} = {numbers[name]} must not be negative")
-    for name in ("diffusion.label_dropout", "data.max_bad_fraction", "sampling.guidance_start", "sampling.guidance_end",
-                 "sampling.guidance_rescale", "sampling.eta"):  # fmt: skip
-        _require(0 <= numbers[name] <= 1, f"config.{name} = {numbers[name]} must lie between 0 and 1")
-    for name in ("model.dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
-        _require(0 <= numbers[name] < 1, f"config.{name} = {numbers[name]} must be at least 0 and below 1")
+Rules = Iterator[tuple[bool, str]]  # what must hold, and what to say after "config." if it does not
+
+
+def _range_rules(config: Config) -> Rules:
+    values = flatten(config)
+    for name in _AT_LEAST_ONE:
+        yield values[name] >= 1, f"{name} = {values[name]} must be at least 1"
+    for name in _NOT_NEGATIVE:
+        yield values[name] >= 0, f"{name} = {values[name]} must not be negative"
+    for name in _FRACTIONS:
+        yield 0 <= values[name] <= 1, f"{name} = {values[name]} must lie between 0 and 1"
+    for name in ("data.max_bad_fraction", "model.dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
+        yield 0 <= values[name] < 1, f"{name} = {values[name]} must be at least 0 and below 1"
     for name in ("optimizer.learning_rate", "optimizer.epsilon", "diffusion.sigma_data", "diffusion.min_snr_gamma"):
-        _require(numbers[name] > 0, f"config.{name} = {numbers[name]} must be positive")
-    _require(config.data.channels in (1, 3), f"config.data.channels = {config.data.channels} must be 1 (grey) or 3 (RGB)")
-    _require(config.seed < 2**32, f"config.seed = {config.seed} must be below 2**32")
+        yield values[name] > 0, f"{name} = {values[name]} must be positive"
+    channels, training = config.data.channels, config.training
+    yield channels in (1, 3), f"data.channels = {channels} must be 1 (grey) or 3 (RGB)"
+    yield config.seed < 2**32, f"seed = {config.seed} must be below 2**32"
+    yield (
+        training.batch_size % training.accumulation_steps == 0,
+        f"training.batch_size = {training.batch_size} must be divisible by accumulation_steps = {training.accumulation_steps}",
+    )
 
 
-def _check_model(config: Config) -> None:
+_AT_LEAST_ONE = (
+    *("data.image_size", "data.num_threads", "sharding.fsdp", "diffusion.num_timesteps"),
+    *(f"model.{name}" for name in ("channels", "num_res_blocks", "num_heads", "patch_size")),
+    *(
+        f"training.{name}"
+        for name in ("batch_size", "num_steps", "accumulation_steps", "log_every", "checkpoint_every")
+    ),
+    *("training.keep_checkpoints", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"),
+)
+_NOT_NEGATIVE = (
+    *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
+    *("seed", "sampling.guidance"),
+)
+_FRACTIONS = (
+    *("diffusion.label_dropout", "sampling.eta"),
+    *("sampling.guidance_start", "sampling.guidance_end", "sampling.guidance_rescale"),
+)
+
+
+def _model_rules(config: Config) -> Rules:
     model, size = config.model, config.data.image_size
-    _require(model.num_classes >= -1, f"config.model.num_classes = {model.num_classes} must be -1 (as the data), 0 (none) or more")
-    levels = len(model.channel_multipliers)
-    _require(levels >= 1 and min(model.channel_multipliers, default=0) >= 1,
-             f"config.model.channel_multipliers = {model.channel_multipliers} must hold positive integers")  # fmt: skip
-    factor = model.patch_size * 2 ** (levels - 1)
-    _require(size % factor == 0, f"config.data.image_size = {size} must be divisible by {factor} "
-             f"(patch_size {model.patch_size} times 2 for each of {levels - 1} down-samplings)")  # fmt: skip
-    sides = [size // model.patch_size // 2**level for level in range(levels)]
+    yield model.num_classes >= -1, f"model.num_classes = {model.num_classes} must be -1 (as the data), 0 (none) or more"
+    multipliers = model.channel_multipliers
+    yield min(multipliers, default=0) >= 1, f"model.channel_multipliers = {multipliers} must hold positive integers"
+    halvings = len(multipliers) - 1
+    factor = model.patch_size * 2**halvings
+    yield (
+        size % factor == 0,
+        f"data.image_size = {size} must be divisible by {factor} (patch_size {model.patch_size}, halved {halvings} times)",
+    )
+    sides = [size // model.patch_size // 2**level for level in range(halvings + 1)]
     for side in model.attention_resolutions:
-        _require(side in sides, f"config.model.attention_resolutions: {side} is not a side of this U-Net, which has "
-                 f"{', '.join(map(str, sides))}")  # fmt: skip
-    for multiplier in model.channel_multipliers:
-        width = model.channels * multiplier
-        _require(width % model.num_heads == 0, f"config.model.num_heads = {model.num_heads} must divide {width} channels")
+        listed = ", ".join(map(str, sides))
+        yield side in sides, f"model.attention_resolutions: {side} is not a side of this U-Net, which has {listed}"
+    for width in {model.channels * multiplier for multiplier in multipliers}:
+        yield width % model.num_heads == 0, f"model.num_heads = {model.num_heads} must divide {width} channels"
 
 
-def _check_diffusion(config: Config) -> None:
+def _diffusion_rules(config: Config) -> Rules:
+    diffusion = config.diffusion
+    schedule, prediction = diffusion.schedule, diffusion.prediction
+    discrete = schedule in ("linear", "scaled_linear", "cosine")
+    yield (
+        prediction != "velocity" or schedule == "flow",
+        "diffusion.prediction = 'velocity' needs config.diffusion.schedule = 'flow'",
+    )
+    yield (
+        (prediction == "edm") == (schedule == "edm"),
+        "diffusion.prediction = 'edm' and config.diffusion.schedule = 'edm' go together",
+    )
+    yield (
+        discrete or not diffusion.zero_terminal_snr,
+        f"diffusion.zero_terminal_snr needs a schedule with betas (linear, scaled_linear, cosine), not {schedule!r}",
+    )
+    yield (
+        prediction != "noise" or not (diffusion.zero_terminal_snr or schedule == "flow"),
+        "diffusion.prediction = 'noise' cannot start from pure noise (zero terminal SNR, flow): use 'v', 'x0' or 'velocity'",
+    )
+    yield (
+        0 < diffusion.beta_start < diffusion.beta_end < 1 or schedule not in ("linear", "scaled_linear"),
+        f"diffusion needs 0 < beta_start < beta_end < 1, not {diffusion.beta_start} and {diffusion.beta_end}",
+    )
+    yield (
+        discrete or not diffusion.learned_variance,
+        f"diffusion.learned_variance needs a schedule with betas (linear, scaled_linear, cosine), not {schedule!r}",
+    )
+    yield (
+        discrete or diffusion.loss not in ("vlb", "hybrid"),
+        f"diffusion.loss = {diffusion.loss!r} needs a schedule with betas (linear, scaled_linear, cosine), not {schedule!r}",
+    )
+    yield (
+        diffusion.learned_variance or diffusion.loss != "hybrid",
+        "diffusion.loss = 'hybrid' needs config.diffusion.learned_variance = True",
+    )
+
+
+def _sampling_rules(config: Config) -> Rules:
     diffusion, sampling = config.diffusion, config.sampling
     discrete = diffusion.schedule in ("linear", "scaled_linear", "cosine")
-    _require(diffusion.prediction != "velocity" or diffusion.schedule == "flow",
-             "config.diffusion.prediction = 'velocity' needs config.diffusion.schedule = 'flow'")  # fmt: skip
-    _require((diffusion.prediction == "edm") == (diffusion.schedule == "edm"),
-             "config.diffusion.prediction = 'edm' and config.diffusion.schedule = 'edm' go together")  # fmt: skip
-    _require(discrete or not diffusion.zero_terminal_snr, "config.diffusion.zero_terminal_snr needs a schedule with "
-             f"betas (linear, scaled_linear, cosine), not {diffusion.schedule!r}")  # fmt: skip
-    _require(diffusion.prediction != "noise" or not (diffusion.zero_terminal_snr or diffusion.schedule == "flow"),
-             "config.diffusion.prediction = 'noise' cannot start from pure noise (zero terminal SNR, flow): use 'v', 'x0' or 'velocity'")  # fmt: skip
-    if diffusion.schedule in ("linear", "scaled_linear"):
-        _require(0 < diffusion.beta_start < diffusion.beta_end < 1, "config.diffusion must have 0 < beta_start < beta_end < 1, "
-                 f"not {diffusion.beta_start} and {diffusion.beta_end}")  # fmt: skip
-    if diffusion.learned_variance or diffusion.loss in ("vlb", "hybrid"):
-        _require(discrete, f"learned variance and the losses vlb and hybrid need a schedule with betas, not {diffusion.schedule!r}")
-    _require(diffusion.loss != "hybrid" or diffusion.learned_variance,
-             "config.diffusion.loss = 'hybrid' needs config.diffusion.learned_variance = True")  # fmt: skip
-    _require(sampling.variance != "learned" or diffusion.learned_variance,
-             "config.sampling.variance = 'learned' needs config.diffusion.learned_variance = True")  # fmt: skip
-    _require(sampling.guidance_start < sampling.guidance_end, "config.sampling.guidance_start must be below guidance_end")
-    _require(not discrete or sampling.steps <= diffusion.num_timesteps, f"config.sampling.steps = {sampling.steps} must not exceed "
-             f"config.diffusion.num_timesteps = {diffusion.num_timesteps}")  # fmt: skip
-    _require(config.training.batch_size % config.training.accumulation_steps == 0,
-             f"config.training.batch_size = {config.training.batch_size} must be divisible by accumulation_steps = "
-             f"{config.training.accumulation_steps}")  # fmt: skip
+    yield (
+        diffusion.learned_variance or sampling.variance != "learned",
+        "sampling.variance = 'learned' needs config.diffusion.learned_variance = True",
+    )
+    yield sampling.guidance_start < sampling.guidance_end, "sampling.guidance_start must be below guidance_end"
+    yield (
+        not discrete or sampling.steps <= diffusion.num_timesteps,
+        f"sampling.steps = {sampling.steps} must not exceed config.diffusion.num_timesteps = {diffusion.num_timesteps}",
+    )
+    yield (
+        discrete or sampling.spacing != "leading",
+        f"sampling.spacing = 'leading' needs a schedule with betas, not {diffusion.schedule!r}: use 'trailing'",
+    )
+    yield (
+        sampling.spacing != "karras" or not (diffusion.zero_terminal_snr or diffusion.schedule == "flow"),
+        "sampling.spacing = 'karras' needs a finite noise level to start from (not zero terminal SNR or flow): use 'trailing'",
+    )

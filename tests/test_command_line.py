@@ -21,7 +21,10 @@ def run(*argv, **options):
 
 
 WRONG_FLAGS = [
-    ([f"--config={DIGITS}", "--config.training.batchsize=3"], "unknown config key config.training.batchsize: .*batch_size"),
+    (
+        [f"--config={DIGITS}", "--config.training.batchsize=3"],
+        "unknown config key config.training.batchsize: .*batch_size",
+    ),
     ([f"--config={DIGITS}", "--config.trainin.batch_size=3"], "config.trainin.batch_size"),
     ([f"--config={DIGITS}", "--config.training.batch_size=many"], "config.training.batch_size=many: invalid literal"),
     ([f"--config={DIGITS}", "--config.data.flip=maybe"], "config.data.flip=maybe"),
@@ -65,7 +68,10 @@ def test_overrides_reach_the_config(monkeypatch, tmp_path):
     ("argv", "message"),
     [
         (["--config=configs/folder.py", "--config.data.dir=nowhere"], "nowhere"),
-        ([f"--config={DIGITS}", "--config.training.batch_size=31", "--config.sharding.fsdp=2"], "config.sharding.fsdp = 2"),
+        (
+            [f"--config={DIGITS}", "--config.training.batch_size=31", "--config.sharding.fsdp=2"],
+            "config.sharding.fsdp = 2",
+        ),
         ([f"--config={DIGITS}", "config.seed=1"], "config.seed=1"),
     ],
 )

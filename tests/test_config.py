@@ -51,7 +51,10 @@ IMPOSSIBLE = [
     ({"diffusion.prediction": "edm"}, "go together"),
     ({"diffusion.zero_terminal_snr": True}, "cannot start from pure noise"),
     ({"diffusion.loss": "hybrid"}, "needs config.diffusion.learned_variance = True"),
-    ({"diffusion.learned_variance": True, "diffusion.schedule": "flow", "diffusion.prediction": "velocity"}, "with betas"),
+    (
+        {"diffusion.learned_variance": True, "diffusion.schedule": "flow", "diffusion.prediction": "velocity"},
+        "with betas",
+    ),
     ({"diffusion.beta_start": 0.5}, "0 < beta_start < beta_end < 1"),
     ({"diffusion.label_dropout": 1.5}, "must lie between 0 and 1"),
     ({"training.batch_size": 0}, "must be at least 1"),

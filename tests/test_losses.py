@@ -147,9 +147,9 @@ def test_bound_is_estimated_without_bias():
     # The training loss draws one term of the bound; its mean over draws is the sum of all terms.
     count, network = 8000, optimal_network(DISCRETE, "v", (0.1, 0.1, 0.2), True)
     x0, keys = jnp.tile(gaussian_images(1), (count, 1, 1, 1)), jax.random.split(jax.random.key(0), count)
-    _, metrics = losses.diffusion_loss(
-        network, DISCRETE, x0, None, keys, prediction="v", loss="vlb", learned_variance=True
-    )
+    settings = {"prediction": "v", "loss": "vlb", "learned_variance": True}
+    run = jax.jit(lambda x0, keys: losses.diffusion_loss(network, DISCRETE, x0, None, keys, **settings))
+    _, metrics = run(x0, keys)
     denoise = p.make_denoiser(network, DISCRETE, "v", learned_variance=True)
     full = losses.elbo(denoise, DISCRETE, x0[:2000], jax.random.key(1), "learned")
     by_level = [np.asarray(metrics["vlb"])[np.asarray(metrics["t"]) == t] for t in range(1, 21)]
@@ -182,13 +182,13 @@ def test_flow_and_noise_losses_are_their_definitions():
 
 
 def test_an_images_loss_depends_on_its_own_key_only():
-    x0, keys = gaussian_images(6), jax.random.split(jax.random.key(3), 6)
+    x0, keys = jnp.tile(gaussian_images(1), (6, 1, 1, 1)), jax.random.split(jax.random.key(3), 6)
     network = optimal_network(DISCRETE, "noise", (0.3, 0.1))
     run = jax.jit(lambda x0, keys: losses.diffusion_loss(network, DISCRETE, x0, None, keys, prediction="noise"))
     whole, metrics = run(x0, keys)
     part, _ = run(x0[4:], keys[4:])
     close(part, whole[4:])
-    assert len(set(np.asarray(whole).tolist())) == 6
+    assert len(set(np.asarray(whole).tolist())) == 6  # the same image with another key: another time, another noise
     assert all(value.shape == (6,) and value.dtype == jnp.float32 for value in metrics.values())
 
 

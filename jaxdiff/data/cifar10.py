@@ -158,8 +158,12 @@ def main(arguments: Sequence[str] | None = None, checksums: Mapping[str, str] = 
     """Command line; returns the exit status (2: something is wrong, said in one line)."""
     parser = argparse.ArgumentParser(prog="python -m jaxdiff.data.cifar10", description=__doc__.splitlines()[0])
     parser.add_argument("--archive", type=pathlib.Path, help="cifar-10-binary.tar.gz, if you have it already")
-    parser.add_argument("--dir", type=pathlib.Path, default=pathlib.Path("~/tensorflow_datasets"),
-                        help="where TFDS data sets lie (default: %(default)s)")
+    parser.add_argument(
+        "--dir",
+        type=pathlib.Path,
+        default=pathlib.Path("~/tensorflow_datasets"),
+        help="where TFDS data sets lie (default: %(default)s)",
+    )
     options = parser.parse_args(arguments)
     data_dir = options.dir.expanduser()
     target = data_dir / "cifar10" / VERSION

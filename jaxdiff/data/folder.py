@@ -126,8 +126,10 @@ def _read_metadata(root: pathlib.Path) -> tuple[tuple[str, ...], list[int], tupl
                 entries.append(_parse_line(line, where, root))
                 for key in ("text", "label"):
                     if type(entries[-1].get(key)) is not type(entries[0].get(key)):
-                        raise ValueError(f"{where}: its {key} is {_kind(entries[-1], key)}, the first line's is "
-                                         f"{_kind(entries[0], key)}; all lines must agree")
+                        raise ValueError(
+                            f"{where}: its {key} is {_kind(entries[-1], key)}, the first line's is "
+                            f"{_kind(entries[0], key)}; all lines must agree"
+                        )
     if not entries:
         raise ValueError(f"{root / METADATA} is empty")
     files = tuple(entry["file_name"] for entry in entries)

@@ -18,8 +18,9 @@ TEXT_FEATURES = ("text", "caption")
 class TFDSSource:
     """One split of a prepared data set; its encoded images are decoded here, when asked for."""
 
-    def __init__(self, name: str, split: str, records: Sequence[Mapping[str, Any]], features: Mapping[str, Any],
-                 origin: str):
+    def __init__(
+        self, name: str, split: str, records: Sequence[Mapping[str, Any]], features: Mapping[str, Any], origin: str
+    ):
         self.name, self.split, self.origin = name, split, origin
         self._records = records
         self._image, self._label, self._text = _roles(name, features)
@@ -67,8 +68,10 @@ def open_tfds(name: str, data_dir: pathlib.Path | None = None, split: str = "tra
     try:
         records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
     except NotImplementedError as error:
-        raise ValueError(f"tfds:{name} in {folder} is stored as {builder.info.file_format.value}, which has no random "
-                         f"access: prepare it again with file_format='array_record'") from error
+        raise ValueError(
+            f"tfds:{name} in {folder} is stored as {builder.info.file_format.value}, which has no random "
+            f"access: prepare it again with file_format='array_record'"
+        ) from error
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"tfds:{name} has no split {split!r} (or it is empty): {reason}") from error

@@ -244,9 +244,7 @@ PROBES: dict[str, Callable[[Key[Array, ""], tuple[int, ...]], Array]] = {
 }
 
 
-def _probes(
-    key: Key[Array, "*b"], shape: tuple[int, ...], probe: Probe, num_probes: int
-) -> Float[Array, "n b h w c"]:
+def _probes(key: Key[Array, "*b"], shape: tuple[int, ...], probe: Probe, num_probes: int) -> Float[Array, "n b h w c"]:
     if probe == "exact":
         dimensions = math.prod(shape[1:])
         one_hot = jnp.eye(dimensions).reshape(dimensions, 1, *shape[1:])

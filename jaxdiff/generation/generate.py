@@ -1,7 +1,7 @@
 """From seeds to images: sampling in batches, spread over all devices.
 
-Image i depends on (parameters, settings, seed i) only: its noise comes from its own key, and every device always computes the same
-number of images at a time, so that neither the size of the request nor the number of devices changes a bit of it.
+Image i depends on (parameters, settings, seed i) only: its noise comes from its own key, and every device always computes
+the same number of images at a time, so that neither the size of the request nor the number of devices changes a bit of it.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
-"""Diffusion on pixels (Ho et al. 2020, https://arxiv.org/abs/2006.11239): network + noise schedule + loss + sampler from a config."""
+"""Diffusion on pixels (DDPM, Ho et al. 2020): network, noise schedule, loss and sampler from a config."""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +66,12 @@ def make_model(config: Config) -> UNet:
 
 def bind_condition(denoise: Denoiser, condition: Any) -> Denoiser:
     """The denoiser with its condition fixed, as samplers want it."""
+    bound = condition
 
-    def bound(x_t: Array, t: Array, _condition: Any = None) -> Denoised:
-        return denoise(x_t, t, condition)
+    def bound_denoise(x_t: Array, t: Array, condition: Any = None) -> Denoised:
+        return denoise(x_t, t, bound if condition is None else condition)
 
-    return bound
+    return bound_denoise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,11 @@ class DiffusionTask:
         return self.model.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), label)["params"]
 
     def network(self, params: Params, train: bool = False, dropout_key: Key[Array, ""] | None = None) -> Any:
-        """network(x, time, label) with these parameters."""
+        """The network with these parameters, as a function of (x, time, label)."""
 
         def apply(x: Array, time: Array, label: Int[Array, " b"] | None) -> Array:
             rngs = {"dropout": dropout_key} if dropout_key is not None else None
-            return self.model.apply({"params": params}, x, time, label, train=train, rngs=rngs)
+            return cast(Array, self.model.apply({"params": params}, x, time, label, train=train, rngs=rngs))
 
         return apply
 
@@ -139,18 +140,23 @@ class DiffusionTask:
         return losses.mean(), {name: metrics[name].mean() for name in parts if name in metrics}
 
     def denoiser(self, params: Params) -> Denoiser:
-        """denoise(x_t, t, label) -> Denoised."""
+        """The denoiser with these parameters, as a function of (x_t, t, label)."""
         diffusion = self.config.diffusion
         return make_denoiser(self.network(params), self.schedule, diffusion.prediction, diffusion.learned_variance)
 
     def make_sample(self, settings: SamplingConfig, guided: bool) -> Sample:
-        """sample(params, keys, labels, knobs) -> images: what is in `settings` as a word or a count is compiled in, `knobs`
-        (see `make_knobs`) is traced. `guided`: with classifier-free guidance, at twice the cost.
+        """From keys to images in one program.
+
+        What is a word or a count in `settings` is compiled in, the `knobs` (see `make_knobs`) are traced. `guided`: with
+        classifier-free guidance, at twice the cost.
         """
         timesteps = make_timesteps(self.schedule, settings.steps, settings.spacing)
         sampler = SAMPLERS[settings.sampler]
         options: dict[str, Any] = {"variance": settings.variance} if settings.sampler == "ddpm" else {}
-        everywhere = (settings.guidance_start, settings.guidance_end) == (0, 1)  # an interval compiles the network twice
+        everywhere = (settings.guidance_start, settings.guidance_end) == (
+            0,
+            1,
+        )  # an interval compiles the network twice
 
         def sample(params: Params, keys: Any, labels: Any, knobs: dict[str, Any]) -> Float[Array, "b h w c"]:
             denoise = self.denoiser(params)
@@ -193,7 +199,7 @@ class DiffusionTask:
         }
 
     def trainable(self, mesh: Mesh) -> Trainable:
-        """This task as the training loop wants it."""
+        """The task as the training loop wants it."""
         config = self.config
         optimizer = make_optimizer(config.optimizer, config.training.num_steps)
         rate: optax.Schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)

@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,12 +26,8 @@ from jaxdiff.training.sharding import check_batch, make_mesh
 def resolve_classes(config: Config, source: Source) -> Config:
     """`model.num_classes = -1` becomes what the data has. Raises ConfigError where model and data disagree."""
     wanted, found = config.model.num_classes, source.num_classes
-    if wanted == -1 and not found:
-        raise ConfigError(f"config.model.num_classes = -1 needs labels, and there are none in {source.describe()}")
     if wanted > 0 and wanted < found:
         raise ConfigError(f"config.model.num_classes = {wanted}, but there are {found} classes in {source.describe()}")
-    if wanted > 0 and not found:
-        raise ConfigError(f"config.model.num_classes = {wanted} needs labels, and there are none in {source.describe()}")
     return dataclasses.replace(
         config, model=dataclasses.replace(config.model, num_classes=found if wanted == -1 else wanted)
     )
@@ -63,7 +60,13 @@ def check_continuation(config: Config, workdir: pathlib.Path) -> None:
 def _open_data(config: Config) -> tuple[Source, Loader]:
     data = config.data
     try:
-        source = open_source(data.source, data.dir or None, data.split)
+        source = open_source(
+            data.source,
+            data.dir or None,
+            data.split,
+            require_labels=config.model.num_classes != 0,
+            max_bad_fraction=data.max_bad_fraction,
+        )
         loader = Loader(
             source,
             config.training.batch_size,
@@ -76,7 +79,7 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-    except ValueError as error:
+    except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.data: {error}") from error
     return source, loader
 
@@ -116,12 +119,23 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
         write_text(workdir / "config.json", to_json(config))
         write_text(workdir / "classes.json", json.dumps(source.class_names) + "\n")
 
-    def batches(start: int) -> Iterator[dict[str, np.ndarray]]:
-        return ({name: batch[name] for name in ("image", "label", "index")} for batch in loader.iterate(start))
+    def batches(start: int) -> Generator[dict[str, np.ndarray], None, None]:
+        iterator = loader.iterate(start)
+        try:
+            for batch in iterator:
+                yield {name: batch[name] for name in ("image", "label", "index")}
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+        finally:
+            iterator.close()
 
-    return loop.train(
+    outcome = loop.train(
         task.trainable(mesh), batches, config.training, mesh, config.sharding.mode, config.seed, workdir
     )
+    bad = getattr(source, "bad", {})
+    if bad:
+        print(f"{len(bad)} images could not be read and were skipped: {next(iter(bad.values()))} ...", file=sys.stderr)
+    return outcome
 
 
 @dataclasses.dataclass(frozen=True)

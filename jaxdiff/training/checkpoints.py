@@ -13,7 +13,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-TO_DELETE = "to_delete"  # old steps are moved here before they are removed: a kill in between leaves no half step behind
+TO_DELETE = (
+    "to_delete"  # old steps are moved here before they are removed: a kill in between leaves no half step behind
+)
 
 
 class CheckpointError(RuntimeError):
@@ -21,7 +23,10 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run. `keep`: how many of the newest stay; None opens them for reading only."""
+    """The checkpoints of one run.
+
+    `keep`: how many of the newest stay; None opens them for reading only (CheckpointError where the folder is missing).
+    """
 
     def __init__(self, folder: pathlib.Path, keep: int | None = None):
         self.folder = folder.absolute()
@@ -29,7 +34,9 @@ class Checkpoints:
         if keep is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.folder / TO_DELETE, ignore_errors=True)
-        self._manager = self._open() if self.folder.is_dir() else None
+        elif not self.folder.is_dir():
+            raise CheckpointError(self._missing())
+        self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         if self._keep is None:
@@ -41,7 +48,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, oldest first."""
-        return sorted(self._manager.all_steps()) if self._manager else []
+        return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any) -> None:
         """Start saving a state dataclass; returns once it is copied to the host, the writing goes on behind."""
@@ -63,8 +70,11 @@ class Checkpoints:
         """Some items of the newest readable checkpoint, as (step, {name: item}). Raises CheckpointError where there is none."""
         found = self._newest(targets)
         if found is None:
-            raise CheckpointError(f"{self.folder} holds no checkpoint: train first, or give another --workdir")
+            raise CheckpointError(self._missing())
         return found
+
+    def _missing(self) -> str:
+        return f"{self.folder} holds no checkpoint: train first, or give another --workdir"
 
     def _newest(self, targets: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         steps = self.steps()

@@ -6,7 +6,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
@@ -72,7 +72,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 def train(
     task: Trainable,
-    batches: Callable[[int], Iterator[dict[str, np.ndarray]]],
+    batches: Callable[[int], Generator[dict[str, np.ndarray], None, None]],
     config: TrainingConfig,
     mesh: Mesh,
     mode: str,
@@ -81,7 +81,7 @@ def train(
 ) -> Outcome:
     """Train until `config.num_steps` or a signal, going on from the newest checkpoint in `workdir`.
 
-    `batches(start)` iterates this process's share of batches start, start + 1, ... Raises NonFiniteLossError.
+    `batches(start)` generates this process's share of batches start, start + 1, ... Raises NonFiniteLossError.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     shapes = jax.eval_shape(task.init, init_key)
@@ -97,9 +97,14 @@ def train(
     run = _Run(task, config, log, checkpoints, start)
     stopped = None
     try:
-        with stop_signals() as received, contextlib.closing(_as_generator(batches(start))) as source:
+        with stop_signals() as received, contextlib.closing(batches(start)) as source:
             for step in range(start, config.num_steps):
-                state, metrics = runner.step(state, runner.put_batch(next(source)), run_key)
+                try:
+                    batch = next(source)
+                except Exception:  # unreadable data, say: what was learnt so far is not lost
+                    run.save(state)
+                    raise
+                state, metrics = runner.step(state, runner.put_batch(batch), run_key)
                 run.after_step(step + 1, state, metrics)
                 if received:
                     stopped = received[0]
@@ -114,12 +119,8 @@ def train(
 
 def init_sharded(init: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
     """Make the initial state where it will live. Optimising this once-run program would cost more than it saves."""
-    compiled = jax.jit(init, out_shardings=shardings).lower(key)
-    return compiled.compile(compiler_options={"xla_backend_optimization_level": 0})(key)
-
-
-def _as_generator(iterator: Iterator[Any]) -> Any:
-    yield from iterator
+    options: dict[str, Any] = {"xla_backend_optimization_level": 0}
+    return jax.jit(init, out_shardings=shardings).lower(key).compile(options)(key)
 
 
 class _Run:
@@ -154,7 +155,8 @@ class _Run:
         """Read the pending metrics, refuse non-finite ones, and log their mean."""
         if not self._pending:
             return
-        history, self._pending = jax.device_get(self._pending), []
+        history: list[dict[str, Any]] = jax.device_get(self._pending)
+        self._pending = []
         for offset, metrics in enumerate(history, start=step - len(history) + 1):
             if not metrics["finite"]:
                 raise NonFiniteLossError(

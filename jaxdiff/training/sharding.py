@@ -93,7 +93,11 @@ def make_runner(
 
     # Under pmap the state has no leading device axis: in_axes and out_axes None keep one (replicated) copy of it.
     pmapped = jax.pmap(
-        make_update("data"), axis_name="data", in_axes=(None, 0, None), out_axes=(None, None), devices=list(mesh.devices.flat)
+        make_update("data"),
+        axis_name="data",
+        in_axes=(None, 0, None),
+        out_axes=(None, None),
+        devices=list(mesh.devices.flat),
     )
     local = jax.local_device_count() if mesh.is_multi_process else mesh.size
 

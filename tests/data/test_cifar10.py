@@ -73,8 +73,11 @@ def test_a_missing_or_misshapen_member_is_named(tiny_cifar, tmp_path, capsys):
     tiny_cifar.write()
     status, line = run(capsys, tiny_cifar.path, tmp_path / "out", tiny_cifar.checksums)
     assert status == 2 and "lacks cifar-10-batches-bin/data_batch_3.bin" in line
-    for wrong, message in ((batch[:-1], "not a multiple of 3,073"), (b"", "has 0 bytes"),
-                           (b"\x0a" + batch[1:], "has label 10, and there are 10 classes")):
+    for wrong, message in (
+        (batch[:-1], "not a multiple of 3,073"),
+        (b"", "has 0 bytes"),
+        (b"\x0a" + batch[1:], "has label 10, and there are 10 classes"),
+    ):
         tiny_cifar.members["data_batch_3.bin"] = wrong
         tiny_cifar.write()
         status, line = run(capsys, tiny_cifar.path, tmp_path / "out", tiny_cifar.checksums)

@@ -30,7 +30,11 @@ def test_subfolders_are_classes_in_sorted_order(tmp_path):
     source = open_source("folder", tmp_path)
     assert source.class_names == ("bird", "cat", "dog")
     assert [(source[i]["label"], source[i]["image"][0, 0, 0]) for i in range(5)] == [
-        (0, 40), (1, 20), (1, 30), (2, 0), (2, 10)
+        (0, 40),
+        (1, 20),
+        (1, 30),
+        (2, 0),
+        (2, 10),
     ]
     assert source[0]["image"].shape == (4, 5, 3) and "text" not in source[0]
     assert re.fullmatch(r"folder: 5 RGB images of various sizes, 3 classes, from .*", source.describe())
@@ -74,8 +78,13 @@ def test_splits_are_subfolders_named_so(tmp_path):
 def test_metadata_gives_captions_in_the_order_of_its_lines(tmp_path):
     for level, name in enumerate(["images/b.png", "images/a.png", "c.png"]):
         save(tmp_path / name, level)
-    write_metadata(tmp_path, {"file_name": "images/b.png", "text": "ein Bär"}, "", {"file_name": "c.png", "text": "c"},
-                   {"file_name": "images/a.png", "text": "c", "extra": [1, 2]})
+    write_metadata(
+        tmp_path,
+        {"file_name": "images/b.png", "text": "ein Bär"},
+        "",
+        {"file_name": "c.png", "text": "c"},
+        {"file_name": "images/a.png", "text": "c", "extra": [1, 2]},
+    )
     source = open_source("folder", tmp_path, require_text=True)
     assert [(source[i]["image"][0, 0, 0], source[i]["text"]) for i in range(3)] == [(0, "ein Bär"), (2, "c"), (1, "c")]
     assert source.has_text and source.num_classes == 0 and "captioned" in source.describe()

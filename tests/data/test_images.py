@@ -20,8 +20,11 @@ def encode(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def test_lossless_files_give_exactly_their_pixels():
-    for data in (encode(Image.fromarray(COLOUR), "PNG"), encode(Image.fromarray(COLOUR), "BMP"),
-                 encode(Image.fromarray(COLOUR), "WEBP", lossless=True)):
+    for data in (
+        encode(Image.fromarray(COLOUR), "PNG"),
+        encode(Image.fromarray(COLOUR), "BMP"),
+        encode(Image.fromarray(COLOUR), "WEBP", lossless=True),
+    ):
         np.testing.assert_array_equal(decode_image(data, "x"), COLOUR)
     np.testing.assert_array_equal(decode_image(encode(Image.fromarray(GREY)), "x"), GREY[..., None])
 

@@ -143,7 +143,11 @@ def test_tensorflow_is_never_imported_even_where_it_is_installed(tiny_cifar, tmp
     (package / "__init__.py").write_text(f"open({str(mark)!r}, 'w').close()\nraise ImportError('not to be imported')\n")
     paths = [str(package.parent), os.getcwd(), os.environ.get("PYTHONPATH", "")]
     arguments = [str(tiny_cifar.path), str(tmp_path / "out"), tiny_cifar.checksums["md5"]]
-    result = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
     assert result.returncode == 0, result.stderr
     assert not mark.exists()

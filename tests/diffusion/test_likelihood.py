@@ -216,7 +216,8 @@ def model_bits(x0, schedule, first, last):
     """Closed form of the ODE between two noise levels, with the prior N(0, ..) at its end, in float64."""
     growth = math.sqrt((STD**2 + last**2) / (STD**2 + first**2))
     x_hat = MEAN + growth * (np.asarray(x0, np.float64) - MEAN)
-    density = stats.norm(0, last * schedule.prior_std / float(schedule.sigma(schedule.t_max))).logpdf(x_hat)
+    preserves_variance = isinstance(schedule, s.DiscreteSchedule)  # then x_T ~ N(0, 1), and x^_T = x_T / alpha_T
+    density = stats.norm(0, math.sqrt(1 + last**2) if preserves_variance else last).logpdf(x_hat)
     return -(density.mean((1, 2, 3)) + math.log(growth)) / np.log(2) + np.log2(127.5)
 
 
@@ -237,6 +238,15 @@ def test_ode_likelihood_is_exact_for_gaussian_data(name):
     close(result.x_T / schedule.prior_std, (x0 - MEAN) / STD, rtol=0, atol=5e-3)
     wrong = run(optimal_denoiser(schedule, std=0.4), schedule, x0, jax.random.key(1))
     assert np.abs(np.asarray(wrong.bits_per_dim) - gaussian_bits(x0)).max() > 0.05
+
+
+def test_ode_prior_of_a_short_schedule():
+    # Far from pure noise (sigma_T / alpha_T = 3) it matters that x_T ~ N(0, 1), x^_T ~ N(0, 1 / alpha_T^2).
+    schedule = s.DiscreteSchedule.from_betas(s.linear_betas(100, 1e-3, 0.05))
+    x0 = MEAN + STD * jax.random.normal(jax.random.key(0), (4, 2, 2, 1))
+    result = lik.ode_log_likelihood(optimal_denoiser(schedule), schedule, x0, jax.random.key(1), 64)
+    first, last = (float(schedule.sigma(t) / schedule.alpha(t)) for t in (1, 100))
+    close(result.bits_per_dim, model_bits(x0, schedule, first, last), rtol=0, atol=2e-4)
 
 
 def test_ode_converges_at_fourth_order():

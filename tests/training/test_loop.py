@@ -22,7 +22,12 @@ from jaxdiff.training.sharding import fsdp_shardings, make_mesh
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
-FORTY = {"training.num_steps": 40, "training.log_every": 10, "training.checkpoint_every": 17, "training.sample_every": 0}
+FORTY = {
+    "training.num_steps": 40,
+    "training.log_every": 10,
+    "training.checkpoint_every": 17,
+    "training.sample_every": 0,
+}
 
 
 def start(config, workdir):

@@ -39,7 +39,9 @@ def states_after(sharding, num_devices, steps, **changes):
 
 def relative_distance(a, b):
     """|a - b| / |b| over a whole pytree, in float64."""
-    difference = sum(np.sum((np.float64(x) - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    difference = sum(
+        np.sum((np.float64(x) - y) ** 2) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
     return np.sqrt(difference / sum(np.sum(np.float64(y) ** 2) for y in jax.tree.leaves(b)))
 
 
@@ -92,7 +94,10 @@ def test_accumulation_equals_one_large_batch():
 
 def test_fsdp_splits_the_largest_divisible_dimension():
     mesh = make_mesh(ShardingConfig(fsdp=4))
-    shapes = {"kernel": jax.ShapeDtypeStruct((3, 3, 64, 30), np.float32), "bias": jax.ShapeDtypeStruct((64,), np.float32)}
+    shapes = {
+        "kernel": jax.ShapeDtypeStruct((3, 3, 64, 30), np.float32),
+        "bias": jax.ShapeDtypeStruct((64,), np.float32),
+    }
     shardings = fsdp_shardings(shapes, mesh)
     assert shardings["kernel"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
     assert shardings["bias"].spec == jax.sharding.PartitionSpec()
