@@ -322,6 +322,10 @@ def _diffusion_rules(config: Config) -> Rules:
         f"diffusion.loss = {diffusion.loss!r} needs a schedule with betas (linear, scaled_linear, cosine), not {schedule!r}",
     )
     yield (
+        not diffusion.learned_variance or diffusion.loss in ("vlb", "hybrid"),
+        f"diffusion.learned_variance needs config.diffusion.loss = 'hybrid' or 'vlb', not {diffusion.loss!r}",
+    )
+    yield (
         diffusion.learned_variance or diffusion.loss != "hybrid",
         "diffusion.loss = 'hybrid' needs config.diffusion.learned_variance = True",
     )

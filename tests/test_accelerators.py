@@ -1,6 +1,5 @@
 """The training step is known to compile for accelerators that this machine does not have."""
 
-import importlib.util
 import os
 import pathlib
 import subprocess
@@ -45,11 +44,9 @@ print("bytes", compiled.memory_analysis().temp_size_in_bytes)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.tpu
 def test_digits_step_compiles_for_a_v5e_slice():
     """Ahead of time, by the real TPU compiler, over 4 chips."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the TPU compiler: pip install 'jaxdiff[tpu]'")
     argv = ["--config=configs/digits.py", "--config.model.num_classes=10"]
     result = subprocess.run(
         [sys.executable, "-c", COMPILE_FOR_TPU, *argv], cwd=ROOT, capture_output=True, text=True, timeout=900,

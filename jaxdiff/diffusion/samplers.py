@@ -88,7 +88,7 @@ def ddpm(
         return x0_weight * denoised.x0 + x_t_weight * x + std * _normal(key, index, x.shape, x.dtype)
 
     coefficients = (t, small.x0_weight, small.x_t_weight, log_small, jnp.log(large), noisy)
-    return _scan_steps(step, _real(x_T), coefficients, start)
+    return _scan_steps(step, _at_least_float32(x_T), coefficients, start)
 
 
 def ddim(
@@ -115,7 +115,7 @@ def ddim(
         return x if deterministic else x + std * _normal(key, index, x.shape, x.dtype)
 
     coefficients = (t, schedule.alpha(s), jnp.sqrt(sigma_s**2 - variance), jnp.sqrt(variance))
-    return _scan_steps(step, _real(x_T), coefficients, start)
+    return _scan_steps(step, _at_least_float32(x_T), coefficients, start)
 
 
 def euler(
@@ -183,7 +183,7 @@ def heun(
 
         return lax.cond(sigma_s > 0, correct, lambda x: x, x)
 
-    return _scan_steps(step, _real(x_T), (t, s, alpha_s, sigma_s, correction), start)
+    return _scan_steps(step, _at_least_float32(x_T), (t, s, alpha_s, sigma_s, correction), start)
 
 
 def dpmpp_2m(
@@ -216,7 +216,7 @@ def dpmpp_2m(
         x = alpha_s * x0 + sigma_s * noise + correction * (x0 - x0_previous)
         return x, x0
 
-    x_T = _real(x_T)
+    x_T = _at_least_float32(x_T)
     return _scan_steps(step, (x_T, jnp.zeros_like(x_T)), (t, alpha_s, sigma_s, correction), start)[0]
 
 
@@ -260,7 +260,7 @@ def _batch(t: Array, x: Images) -> Shaped[Array, " b"]:
     return jnp.full(x.shape[:1], t)
 
 
-def _real(x: Images) -> Images:
+def _at_least_float32(x: Images) -> Images:
     """At least float32: half precision is the network's affair, the sum over steps is not."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 

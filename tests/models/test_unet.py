@@ -1,0 +1,177 @@
+"""The U-Net: DDPM's parameter count, its options, and what must hold at the start and under rematerialisation."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxdiff.models.unet import UNet
+
+TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
+TIME = jnp.array([3.0, 700.0])
+
+
+def shapes_of(network, *inputs):
+    return jax.eval_shape(network.init, KEY, *inputs)
+
+
+def randomize(shapes, key, scale=0.2):
+    """Normal numbers in every parameter, so that no zero initialisation hides anything."""
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(key, len(leaves))
+    return tree.unflatten(
+        [scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def random_network(*inputs, **settings):
+    """A tiny U-Net, its jitted apply and random parameters."""
+    network = UNet(3, **TINY | settings)
+    return network, jax.jit(network.apply), randomize(shapes_of(network, *inputs), jax.random.key(2))
+
+
+def count(shapes):
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_ddpm_cifar10_has_exactly_35746307_parameters():
+    network = UNet(3, channels=128, channel_multipliers=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(16,))
+    assert count(shapes_of(network, jnp.zeros((1, 32, 32, 3)), jnp.zeros(1))) == 35_746_307
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_output_has_the_image_size_and_is_exactly_zero_at_the_start(patch_size):
+    network = UNet(6, **TINY | {"patch_size": patch_size})
+    output, variables = jax.jit(network.init_with_output)(KEY, X, TIME)
+    assert output.dtype == jnp.float32
+    np.testing.assert_array_equal(output, jnp.zeros((2, 8, 8, 6)))
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables))
+
+
+def test_attention_sits_at_the_resolutions_asked_for_and_in_the_middle():
+    params = shapes_of(UNet(3, **TINY), X, TIME)["params"]
+    assert {name for name, block in params.items() if "attention" in block} == {
+        "down_1_0", "middle_0", "up_1_0", "up_1_1",
+    }  # fmt: skip
+    folded = shapes_of(UNet(3, **TINY | {"patch_size": 2}), X, TIME)["params"]  # 8 pixels fold into 4, then 2
+    assert {name for name, block in folded.items() if "attention" in block} == {
+        "down_0_0", "middle_0", "up_0_0", "up_0_1",
+    }  # fmt: skip
+
+
+def test_heads_by_number_or_by_size_are_the_same_network():
+    _, apply, variables = random_network(X, TIME, num_heads=4)
+    four = apply(variables, X, TIME)
+    _, apply, _ = random_network(X, TIME, head_dim=4)  # 16 channels at the level with attention
+    np.testing.assert_allclose(apply(variables, X, TIME), four, rtol=1e-5, atol=1e-5)
+    _, apply, _ = random_network(X, TIME, num_heads=1)
+    assert not np.allclose(apply(variables, X, TIME), four, atol=1e-3)
+
+
+def test_labels_and_the_null_label():
+    label = jnp.array([0, 2])
+    network, apply, variables = random_network(X, TIME, label, num_classes=3)
+    assert variables["params"]["label_embedding"]["embedding"].shape == (4, 32)
+    labelled = apply(variables, X, TIME, label)
+    unconditional = apply(variables, X, TIME, None)
+    np.testing.assert_array_equal(apply(variables, X, TIME, jnp.array([3, 3])), unconditional)
+    for i in range(2):
+        assert not np.allclose(labelled[i], unconditional[i], atol=1e-3)
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        shapes_of(UNet(3, **TINY), X, TIME, label)
+    assert "label_embedding" not in shapes_of(UNet(3, **TINY), X, TIME)["params"]
+
+
+def test_every_image_sees_its_own_time_label_and_context():
+    """Swapping the images of a batch with all they are told swaps the results."""
+    label, context = jnp.array([0, 2]), jax.random.normal(KEY, (2, 4, 6))
+    inputs = (X, TIME, label, context)
+    _, apply, variables = random_network(*inputs, num_classes=3, context_dim=6)
+    output = apply(variables, *inputs)
+    np.testing.assert_allclose(apply(variables, *(a[::-1] for a in inputs)), output[::-1], atol=2e-4, rtol=1e-4)
+    for i in range(1, 4):  # time, label, context: each matters
+        changed = [a[::-1] if i == j else a for j, a in enumerate(inputs)]
+        assert not np.allclose(apply(variables, *changed), output, atol=1e-2)
+
+
+def test_context_must_fit_the_model():
+    context = jnp.zeros((2, 4, 6))
+    for settings, given, message in [
+        ({}, context, "context_dim is None, but a context was given"),
+        ({"context_dim": 6}, None, "context_dim is 6, but no context was given"),
+        ({"context_dim": 5}, context, "context has 6 channels, context_dim is 5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            shapes_of(UNet(3, **TINY | settings), X, TIME, None, given)
+
+
+@pytest.mark.parametrize(("settings", "multiple"), [({}, 2), ({"patch_size": 2}, 4), ({"patch_size": 4}, 8)])
+def test_indivisible_images_are_refused(settings, multiple):
+    with pytest.raises(ValueError, match=f"6x9 pixels.*2 levels.*multiples of {multiple}"):
+        shapes_of(UNet(3, **TINY | settings), jnp.zeros((1, 6, 9, 3)), jnp.zeros(1))
+
+
+def test_dropout_only_in_training():
+    _, apply, variables = random_network(X, TIME, dropout=0.5)
+    network = UNet(3, **TINY | {"dropout": 0.5})
+    still = apply(variables, X, TIME)
+    np.testing.assert_array_equal(still, apply(variables, X, TIME))
+    train = jax.jit(lambda key: network.apply(variables, X, TIME, train=True, rngs={"dropout": key}))
+    one, other = train(jax.random.key(3)), train(jax.random.key(4))
+    assert not np.allclose(one, other, atol=1e-2) and not np.allclose(one, still, atol=1e-2)
+    np.testing.assert_array_equal(one, train(jax.random.key(3)))
+
+
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters():
+    _, apply, variables = random_network(X, TIME)
+    half, apply_half, _ = random_network(X, TIME, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes_of(half, X, TIME))} == {jnp.dtype(jnp.float32)}
+    full, low = apply(variables, X, TIME), apply_half(variables, X, TIME)
+    assert low.dtype == jnp.float32
+    error = float(jnp.sqrt(jnp.mean((full - low) ** 2) / jnp.mean(full**2)))
+    assert 1e-4 < error < 0.03, error  # smaller would mean that nothing was computed in bfloat16
+
+
+def test_parameters_in_bfloat16():
+    shapes = shapes_of(UNet(3, **TINY | {"param_dtype": jnp.bfloat16, "num_classes": 2}), X, TIME)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("context_dim", [None, 6])
+def test_gradient_reaches_every_parameter(context_dim):
+    context = None if context_dim is None else jax.random.normal(KEY, (2, 4, context_dim))
+    label = jnp.array([0, 2])
+    network, _, variables = random_network(X, TIME, label, context, num_classes=2, context_dim=context_dim)
+    cotangent = jax.random.normal(jax.random.key(5), X.shape)
+    gradients = jax.jit(jax.grad(lambda v: jnp.sum(network.apply(v, X, TIME, label, context) * cotangent)))(variables)
+    embedding = gradients["params"]["label_embedding"].pop("embedding")
+    np.testing.assert_array_equal(jnp.any(embedding != 0, axis=1), [True, False, True])  # label 1 was not shown
+    flat = jax.tree_util.tree_leaves_with_path(gradients)
+    # A key's bias moves all logits of a softmax alike: its gradient is zero but for rounding.
+    untouched = [jax.tree_util.keystr(path) for path, leaf in flat if float(jnp.abs(leaf).max()) < 1e-4]
+    assert all("['key']['bias']" in path for path in untouched), untouched
+
+
+def remat_case(remat):
+    """Loss, gradient and number of convolutions in the gradient's program, with dropout on."""
+    network, _, variables = random_network(X, TIME, remat=remat, dropout=0.3)
+
+    def loss(variables):
+        return jnp.mean(network.apply(variables, X, TIME, train=True, rngs={"dropout": KEY}) ** 2)
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    convolutions = str(gradient.trace(variables).jaxpr).count("conv_general_dilated[")
+    return *gradient(variables), convolutions
+
+
+def test_rematerialisation_changes_the_program_and_not_the_numbers():
+    value, gradients, convolutions = remat_case(False)
+    value_remat, gradients_remat, convolutions_remat = remat_case(True)
+    np.testing.assert_allclose(value_remat, value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_remat), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max()) + 1e-7)
+    # 8 blocks hold two 3x3 convolutions each. Backward, each block computes the first again (for the second one's
+    # gradient its input is needed; the block's own result is not).
+    assert convolutions_remat >= convolutions + 8, (convolutions, convolutions_remat)
