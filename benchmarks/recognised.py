@@ -33,7 +33,9 @@ def shifted(images: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def train_classifier(images: np.ndarray, labels: np.ndarray) -> tuple[Pipeline, float]:
     """The classifier and its accuracy on real images that it has not seen."""
-    train, test, train_labels, test_labels = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
+    train, test, train_labels, test_labels = train_test_split(
+        images, labels, test_size=0.2, random_state=0, stratify=labels
+    )
     if images.shape[1] >= 28:  # a pixel is a small step there; on 8x8 images it would make another digit
         train, train_labels = shifted(train, train_labels)
     classifier = make_pipeline(PCA(40, whiten=True, random_state=0), SVC(C=10)).fit(flatten(train), train_labels)

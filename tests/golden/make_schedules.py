@@ -25,8 +25,8 @@ SCHEDULES = {
 NUMS = (7, 10, 50)
 
 
-def main() -> None:
-    """Write the file beside this script."""
+def make() -> dict[str, np.ndarray]:
+    """The tables by key."""
     golden = {}
     for name, settings in SCHEDULES.items():
         for suffix, rescale in (("", False), ("_zero_snr", True)):
@@ -52,9 +52,8 @@ def main() -> None:
         karras.set_timesteps(num)
         golden[f"karras_sigmas_{num}"] = karras.sigmas.numpy()
         golden[f"karras_timesteps_{num}"] = karras.timesteps.numpy()
-    tables = {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in golden.items()}
-    np.savez_compressed(pathlib.Path(__file__).with_name("schedules.npz"), **tables)
+    return {key: value if value.dtype == np.int64 else value.astype(np.float32) for key, value in golden.items()}
 
 
 if __name__ == "__main__":
-    main()
+    np.savez_compressed(pathlib.Path(__file__).with_name("schedules.npz"), **make())

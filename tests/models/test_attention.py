@@ -14,14 +14,7 @@ from jaxdiff.models.attention import (
     TransformerBlock,
     choose_implementation,
 )
-
-
-def randomize(params, key, scale=0.3):
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten(
-        [scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+from tests.models.tiny_networks import jit, random_parameters
 
 
 def as_float64(tree):
@@ -56,10 +49,10 @@ def test_attention_matches_numpy(num_heads, cross):
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     context = jax.random.normal(jax.random.key(1), (2, 3, 6)) if cross else None
     layer = Attention(num_heads, use_bias=not cross)
-    variables = randomize(layer.init(jax.random.key(2), x, context), jax.random.key(3))
+    variables = random_parameters(layer, x, context)
     source = x if context is None else context
     expected = attend(*as_float64((x, source, variables["params"])), num_heads)
-    np.testing.assert_allclose(layer.apply(variables, x, context), expected, atol=1e-5)
+    np.testing.assert_allclose(jit(layer.apply)(variables, x, context), expected, atol=1e-5)
 
 
 def test_transformer_matches_numpy():
@@ -67,7 +60,7 @@ def test_transformer_matches_numpy():
     x = jax.random.normal(jax.random.key(0), (2, 2, 3, 8))
     context = jax.random.normal(jax.random.key(1), (2, 4, 6))
     layer = SpatialTransformer(num_heads=2)
-    variables = randomize(layer.init(jax.random.key(2), x, context), jax.random.key(3))
+    variables = random_parameters(layer, x, context)
     image, text, p = as_float64((x, context, variables["params"]))
 
     groups = image.reshape(2, 6, 2, 4)
@@ -81,13 +74,13 @@ def test_transformer_matches_numpy():
     a, b = np.split(dense(layer_norm(h, block["norm3"]), block["feed_forward"]["dense_in"]), 2, axis=-1)
     h = h + dense(a * b * (1 + erf(b / np.sqrt(2))) / 2, block["feed_forward"]["dense_out"])
     expected = image + dense(h, p["project_out"]).reshape(image.shape)
-    np.testing.assert_allclose(layer.apply(variables, x, context), expected, atol=5e-5)
+    np.testing.assert_allclose(jit(layer.apply)(variables, x, context), expected, atol=5e-5)
 
 
 def test_without_context_the_second_attention_is_self_attention():
     x = jax.random.normal(jax.random.key(0), (1, 4, 8))
     block = TransformerBlock(num_heads=2)
-    variables = randomize(block.init(jax.random.key(1), x), jax.random.key(2))
+    variables = random_parameters(block, x)
     p = as_float64(variables["params"])
     h = np.asarray(x, np.float64)
     normed = layer_norm(h, p["norm1"])
@@ -95,19 +88,19 @@ def test_without_context_the_second_attention_is_self_attention():
     normed = layer_norm(h, p["norm2"])
     h = h + attend(normed, normed, p["cross_attention"], 2)
     feed_forward = FeedForward().apply({"params": variables["params"]["feed_forward"]}, layer_norm(h, p["norm3"]))
-    np.testing.assert_allclose(block.apply(variables, x), h + feed_forward, atol=2e-5)
+    np.testing.assert_allclose(jit(block.apply)(variables, x), h + feed_forward, atol=2e-5)
 
 
 def test_attention_does_not_know_where_a_pixel_is():
     """Moving the pixels around moves the result likewise: attention over pixels has no notion of place."""
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
     block = AttentionBlock(num_heads=2)
-    variables = randomize(block.init(jax.random.key(1), x), jax.random.key(2))
+    variables = random_parameters(block, x)
     rolled = jnp.roll(x, (1, 2), axis=(1, 2))
     np.testing.assert_allclose(
-        block.apply(variables, rolled), jnp.roll(block.apply(variables, x), (1, 2), axis=(1, 2)), atol=1e-5
+        jit(block.apply)(variables, rolled), jnp.roll(jit(block.apply)(variables, x), (1, 2), axis=(1, 2)), atol=1e-5
     )
-    assert not np.allclose(block.apply(variables, x), x)
+    assert not np.allclose(jit(block.apply)(variables, x), x)
 
 
 def test_attention_blocks_start_as_the_identity():

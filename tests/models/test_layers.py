@@ -17,15 +17,7 @@ from jaxdiff.models.layers import (
     repeat_pixels,
     space_to_depth,
 )
-
-
-def randomize(params, key, scale=0.3):
-    """Normal numbers in every parameter: default scales of 1 and biases of 0 hide mistakes."""
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten(
-        [scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
+from tests.models.tiny_networks import jit, random_parameters
 
 
 def test_num_groups_is_32_or_fewer_and_divides():
@@ -35,14 +27,14 @@ def test_num_groups_is_32_or_fewer_and_divides():
 def test_group_norm_matches_numpy():
     x = 5.0 + 2.0 * jax.random.normal(jax.random.key(0), (2, 3, 5, 24))
     norm = group_norm(24, 1e-2, jnp.float32, jnp.float32, "norm")  # a large epsilon, so that it shows
-    variables = randomize(norm.init(jax.random.key(1), x), jax.random.key(2))
+    variables = random_parameters(norm, x)
     scale, bias = (np.asarray(variables["params"][name], np.float64) for name in ("scale", "bias"))
 
     groups = np.asarray(x, np.float64).reshape(2, 15, 6, 4)
     mean = groups.mean(axis=(1, 3), keepdims=True)
     variance = groups.var(axis=(1, 3), keepdims=True)
     expected = ((groups - mean) / np.sqrt(variance + 1e-2)).reshape(x.shape) * scale + bias
-    np.testing.assert_allclose(norm.apply(variables, x), expected, atol=1e-5)
+    np.testing.assert_allclose(jit(norm.apply)(variables, x), expected, atol=1e-5)
 
 
 def test_group_norm_statistics_are_float32_in_bfloat16():
@@ -72,11 +64,11 @@ def convolve(x, kernel, padding, stride=1):
 def test_downsample_is_a_strided_convolution_with_stated_padding(padding):
     x = jax.random.normal(jax.random.key(0), (1, 6, 4, 3))
     layer = Downsample(padding=padding)
-    variables = randomize(layer.init(jax.random.key(1), x), jax.random.key(2))
+    variables = random_parameters(layer, x)
     conv = variables["params"]["conv"]
     expected = convolve(x, conv["kernel"], padding, stride=2) + np.asarray(conv["bias"])
     assert expected.shape == (1, 3, 2, 3)
-    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+    np.testing.assert_allclose(jit(layer.apply)(variables, x), expected, atol=1e-5)
 
 
 def test_upsample_repeats_pixels_then_convolves():
@@ -86,10 +78,10 @@ def test_upsample_repeats_pixels_then_convolves():
     assert "gather" not in jax.jit(repeat_pixels).lower(x).as_text()
 
     layer = Upsample()
-    variables = randomize(layer.init(jax.random.key(1), x), jax.random.key(2))
+    variables = random_parameters(layer, x)
     conv = variables["params"]["conv"]
     expected = convolve(repeated, conv["kernel"], ((1, 1), (1, 1))) + np.asarray(conv["bias"])
-    np.testing.assert_allclose(layer.apply(variables, x), expected, atol=1e-5)
+    np.testing.assert_allclose(jit(layer.apply)(variables, x), expected, atol=1e-5)
 
 
 def test_patches_fold_and_unfold():
@@ -114,7 +106,7 @@ def test_residual_block_matches_its_formula():
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
     embedding = jax.random.normal(jax.random.key(1), (2, 5))
     block = ResidualBlock(12)
-    variables = randomize(block.init(jax.random.key(2), x, embedding), jax.random.key(3))
+    variables = random_parameters(block, x, embedding)
     p = jax.tree.map(lambda a: np.asarray(a, np.float64), variables["params"])
     symmetric = ((1, 1), (1, 1))
     h = convolve(swish(norm(np.asarray(x, np.float64), p["norm1"])), p["conv1"]["kernel"], symmetric)
@@ -122,7 +114,7 @@ def test_residual_block_matches_its_formula():
     h += p["conv1"]["bias"] + (told + p["embedding_projection"]["bias"])[:, None, None]
     h = convolve(swish(norm(h, p["norm2"])), p["conv2"]["kernel"], symmetric) + p["conv2"]["bias"]
     expected = h + np.asarray(x, np.float64) @ p["shortcut"]["kernel"] + p["shortcut"]["bias"]
-    np.testing.assert_allclose(block.apply(variables, x, embedding), expected, atol=3e-5)
+    np.testing.assert_allclose(jit(block.apply)(variables, x, embedding), expected, atol=3e-5)
 
 
 def test_residual_block_starts_as_the_identity():

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from jaxdiff.models.unet import UNet
+from tests.models.tiny_networks import jit, random_parameters
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
+ONE_LEVEL = {"channels": 8, "channel_multipliers": (1,), "num_res_blocks": 1, "attention_resolutions": ()}
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 8, 8, 3))
 TIME = jnp.array([3.0, 700.0])
@@ -17,19 +19,10 @@ def shapes_of(network, *inputs):
     return jax.eval_shape(network.init, KEY, *inputs)
 
 
-def randomize(shapes, key, scale=0.2):
-    """Normal numbers in every parameter, so that no zero initialisation hides anything."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
-    return tree.unflatten(
-        [scale * jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
-    )
-
-
 def random_network(*inputs, **settings):
-    """A tiny U-Net, its jitted apply and random parameters."""
+    """A tiny U-Net, its compiled apply and random parameters."""
     network = UNet(3, **TINY | settings)
-    return network, jax.jit(network.apply), randomize(shapes_of(network, *inputs), jax.random.key(2))
+    return network, jit(network.apply), random_parameters(network, *inputs, scale=0.2)
 
 
 def count(shapes):
@@ -43,8 +36,8 @@ def test_ddpm_cifar10_has_exactly_35746307_parameters():
 
 @pytest.mark.parametrize("patch_size", [1, 2])
 def test_output_has_the_image_size_and_is_exactly_zero_at_the_start(patch_size):
-    network = UNet(6, **TINY | {"patch_size": patch_size})
-    output, variables = jax.jit(network.init_with_output)(KEY, X, TIME)
+    network = UNet(6, **ONE_LEVEL | {"patch_size": patch_size})
+    output, variables = jit(network.init_with_output)(KEY, X, TIME)
     assert output.dtype == jnp.float32
     np.testing.assert_array_equal(output, jnp.zeros((2, 8, 8, 6)))
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(variables))
@@ -62,11 +55,11 @@ def test_attention_sits_at_the_resolutions_asked_for_and_in_the_middle():
 
 
 def test_heads_by_number_or_by_size_are_the_same_network():
-    _, apply, variables = random_network(X, TIME, num_heads=4)
+    _, apply, variables = random_network(X, TIME, **ONE_LEVEL, num_heads=4)
     four = apply(variables, X, TIME)
-    _, apply, _ = random_network(X, TIME, head_dim=4)  # 16 channels at the level with attention
+    _, apply, _ = random_network(X, TIME, **ONE_LEVEL, head_dim=2)
     np.testing.assert_allclose(apply(variables, X, TIME), four, rtol=1e-5, atol=1e-5)
-    _, apply, _ = random_network(X, TIME, num_heads=1)
+    _, apply, _ = random_network(X, TIME, **ONE_LEVEL, num_heads=1)
     assert not np.allclose(apply(variables, X, TIME), four, atol=1e-3)
 
 
@@ -114,11 +107,11 @@ def test_indivisible_images_are_refused(settings, multiple):
 
 
 def test_dropout_only_in_training():
-    _, apply, variables = random_network(X, TIME, dropout=0.5)
-    network = UNet(3, **TINY | {"dropout": 0.5})
+    _, apply, variables = random_network(X, TIME, **ONE_LEVEL, dropout=0.5)
+    network = UNet(3, **ONE_LEVEL, dropout=0.5)
     still = apply(variables, X, TIME)
     np.testing.assert_array_equal(still, apply(variables, X, TIME))
-    train = jax.jit(lambda key: network.apply(variables, X, TIME, train=True, rngs={"dropout": key}))
+    train = jit(lambda key: network.apply(variables, X, TIME, train=True, rngs={"dropout": key}))
     one, other = train(jax.random.key(3)), train(jax.random.key(4))
     assert not np.allclose(one, other, atol=1e-2) and not np.allclose(one, still, atol=1e-2)
     np.testing.assert_array_equal(one, train(jax.random.key(3)))
@@ -145,7 +138,7 @@ def test_gradient_reaches_every_parameter(context_dim):
     label = jnp.array([0, 2])
     network, _, variables = random_network(X, TIME, label, context, num_classes=2, context_dim=context_dim)
     cotangent = jax.random.normal(jax.random.key(5), X.shape)
-    gradients = jax.jit(jax.grad(lambda v: jnp.sum(network.apply(v, X, TIME, label, context) * cotangent)))(variables)
+    gradients = jit(jax.grad(lambda v: jnp.sum(network.apply(v, X, TIME, label, context) * cotangent)))(variables)
     embedding = gradients["params"]["label_embedding"].pop("embedding")
     np.testing.assert_array_equal(jnp.any(embedding != 0, axis=1), [True, False, True])  # label 1 was not shown
     flat = jax.tree_util.tree_leaves_with_path(gradients)
@@ -156,12 +149,12 @@ def test_gradient_reaches_every_parameter(context_dim):
 
 def remat_case(remat):
     """Loss, gradient and number of convolutions in the gradient's program, with dropout on."""
-    network, _, variables = random_network(X, TIME, remat=remat, dropout=0.3)
+    network, _, variables = random_network(X, TIME, **ONE_LEVEL, remat=remat, dropout=0.3)
 
     def loss(variables):
         return jnp.mean(network.apply(variables, X, TIME, train=True, rngs={"dropout": KEY}) ** 2)
 
-    gradient = jax.jit(jax.value_and_grad(loss))
+    gradient = jit(jax.value_and_grad(loss))
     convolutions = str(gradient.trace(variables).jaxpr).count("conv_general_dilated[")
     return *gradient(variables), convolutions
 
@@ -172,6 +165,5 @@ def test_rematerialisation_changes_the_program_and_not_the_numbers():
     np.testing.assert_allclose(value_remat, value, rtol=1e-5)
     for a, b in zip(jax.tree.leaves(gradients), jax.tree.leaves(gradients_remat), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-4 * float(jnp.abs(a).max()) + 1e-7)
-    # 8 blocks hold two 3x3 convolutions each. Backward, each block computes the first again (for the second one's
-    # gradient its input is needed; the block's own result is not).
-    assert convolutions_remat >= convolutions + 8, (convolutions, convolutions_remat)
+    # Each of the 5 blocks computes its first convolution again: the gradient of the second needs what came of it.
+    assert convolutions_remat >= convolutions + 5, (convolutions, convolutions_remat)
