@@ -1,6 +1,6 @@
 """Handwritten digits, 8x8, class-conditional: the quickest real run.
 
-    python train.py --config configs/digits.py
+python train.py --config configs/digits.py
 """
 
 from ml_collections import ConfigDict

@@ -285,6 +285,10 @@ def _model_rules(config: Config) -> Rules:
     for side in model.attention_resolutions:
         listed = ", ".join(map(str, sides))
         yield side in sides, f"model.attention_resolutions: {side} is not a side of this U-Net, which has {listed}"
+    yield (
+        model.attention_implementation != "cudnn" or model.dtype == "bfloat16",
+        f"model.attention_implementation = 'cudnn' needs config.model.dtype = 'bfloat16', not {model.dtype!r}",
+    )
     for width in {model.channels * multiplier for multiplier in multipliers}:
         yield width % model.num_heads == 0, f"model.num_heads = {model.num_heads} must divide {width} channels"
 

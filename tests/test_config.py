@@ -45,6 +45,7 @@ IMPOSSIBLE = [
     ({"data.channels": 2}, "must be 1 .grey. or 3 .RGB."),
     ({"model.attention_resolutions": (3,)}, "3 is not a side of this U-Net, which has 4"),
     ({"model.num_heads": 3}, "config.model.num_heads = 3 must divide 16 channels"),
+    ({"model.attention_implementation": "cudnn"}, "needs config.model.dtype = 'bfloat16'"),
     ({"model.dropout": 1.0}, "config.model.dropout = 1.0 must be at least 0 and below 1"),
     ({"diffusion.schedule": "cosin"}, "config.diffusion.schedule = 'cosin' must be one of 'linear'"),
     ({"diffusion.prediction": "velocity"}, "needs config.diffusion.schedule = 'flow'"),

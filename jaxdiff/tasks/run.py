@@ -108,6 +108,11 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     """Train `config` in `workdir`, from the start or from where it stopped. Raises ConfigError before anything compiles."""
     mesh = make_mesh(config.sharding)
     check_batch(config.training.batch_size, config.training.accumulation_steps, mesh)
+    platform = mesh.devices.flat[0].platform
+    if config.model.attention_implementation == "cudnn" and platform != "gpu":
+        raise ConfigError(
+            f"config.model.attention_implementation = 'cudnn' needs an NVIDIA GPU, not {platform}: use 'auto'"
+        )
     source, loader = _open_data(config)
     config = resolve_classes(config, source)
     check(config)

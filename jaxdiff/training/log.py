@@ -33,16 +33,24 @@ class MetricsLog:
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> pathlib.Path:
         """A PNG `<name>/step_<step>.png`, and the same to TensorBoard."""
-        path = self.workdir / name / f"step_{step:07d}.png"
+        path = self.workdir / name / _picture_name(step)
         save_png(path, image)
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
         self._tensorboard.flush()
         return path
 
+    def has_picture(self, step: int) -> bool:
+        """Whether there are pictures of this step, perhaps from before an interruption."""
+        return any(self.workdir.glob(f"*/{_picture_name(step)}"))
+
     def close(self) -> None:
         """Flush everything to disk."""
         self._file.close()
         self._tensorboard.close()
+
+
+def _picture_name(step: int) -> str:
+    return f"step_{step:07d}.png"
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -128,7 +128,7 @@ class _Run:
 
     def __init__(self, task: Trainable, config: TrainingConfig, log: MetricsLog, checkpoints: Checkpoints, start: int):
         self.task, self.config, self.log, self.checkpoints = task, config, log, checkpoints
-        self.step = self.saved = self.drawn = start
+        self.step = self.saved = self.start = start
         self.bar = progress_bar(start, config.num_steps, "training")
         self._pending: list[Any] = []  # metrics still on the device: reading them at every step would stall it
         self._since = time.perf_counter()
@@ -136,11 +136,10 @@ class _Run:
 
     def after_step(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
         """Log, draw and save whatever is due after `step` updates."""
-        config, first = self.config, not self._pending and self.step == self.saved == self.drawn
-        self.step = step
+        config, self.step = self.config, step
         self._pending.append(metrics)
         self.bar.update()
-        if first and self.bar.n - self.bar.initial == 1:
+        if step == self.start + 1:
             jax.block_until_ready(metrics)
             self.bar.set_postfix_str(f"first step after {time.perf_counter() - self._since:.1f} s")
             self._since = time.perf_counter()
@@ -177,7 +176,6 @@ class _Run:
         started = time.perf_counter()
         for name, image in self.task.pictures(state).items():
             self.log.picture(self.step, name, image)
-        self.drawn = self.step
         self._since += time.perf_counter() - started
 
     def save(self, state: Any) -> None:
@@ -190,7 +188,7 @@ class _Run:
     def finish(self, state: Any) -> None:
         """Save what was reached; draw the last pictures where the run came to its end."""
         self.save(state)
-        if self.step >= self.config.num_steps and self.drawn != self.step:
+        if self.step >= self.config.num_steps and not self.log.has_picture(self.step):
             self.bar.set_postfix_str("drawing the last samples")
             self.draw(state)
         save_curve(self.log.workdir, list(self.task.curves))
