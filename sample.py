@@ -6,7 +6,8 @@
 
 Writes one PNG per image into --out (named by its seed) and a grid of them beside the folder; or, with --npz, one file with the
 uint8 array `images` [n h w c], `labels` and `seeds`. Image i has the seed SEED + i and depends on nothing else but the model and
-the settings below: not on --num, --batch_per_device or the number of devices. Defaults of the settings are those of the run.
+the settings below: not on --num or the number of devices, nor on --batch_per_device (on CPU to the bit; a GPU or TPU may round
+otherwise for another one). Defaults of the settings are those of the run.
 """
 
 import argparse

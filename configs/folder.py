@@ -3,7 +3,7 @@
     python train.py --config configs/folder.py --config.data.dir=my_photos
     python train.py --config configs/folder.py --config.data.dir=my_photos --config.model.num_classes=-1    # by class
 
-64x64, 13 million parameters: for a GPU or TPU. On a laptop try --config.data.image_size=32 --config.model.channels=32.
+64x64, 15 million parameters: for a GPU or TPU. On a laptop try --config.data.image_size=32 --config.model.channels=32.
 A few thousand images and 100,000 steps are a sensible beginning.
 """
 

