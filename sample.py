@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -23,7 +22,6 @@ from jaxdiff.config import Config, ConfigError, SamplingConfig, check
 from jaxdiff.files import replacing, save_png
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.tasks.run import load_run
-from jaxdiff.training.log import progress_bar
 
 SETTINGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
 HELP = {
@@ -92,7 +90,7 @@ def main() -> None:
         seeds = np.arange(args.seed, args.seed + args.num, dtype=np.uint32)
         print(f"{args.workdir}, step {run.step}: {args.num} images, {settings.sampler}, {settings.steps} steps, "
               f"guidance {settings.guidance:g}", flush=True)  # fmt: skip
-        images = make_images(run.generate(seeds, labels, settings), args.num)
+        images = run.make(seeds, labels, settings)
         if args.npz:
             arrays = {"images": images, "seeds": seeds} | ({} if labels is None else {"labels": labels})
             with replacing(args.npz) as temporary, temporary.open("wb") as file:
@@ -105,16 +103,6 @@ def main() -> None:
         grid = folder.parent / f"{folder.name}_grid.png"
         save_png(grid, image_grid(images[:1024]))
         print(f"wrote {args.num} PNG files to {folder}/ and {grid}")
-
-
-def make_images(batches: Iterator[np.ndarray], count: int) -> np.ndarray:
-    """All images, with a progress bar."""
-    parts = []
-    with progress_bar(0, count, "sampling", unit="image") as bar:
-        for part in batches:
-            parts.append(part)
-            bar.update(len(part))
-    return np.concatenate(parts)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.svm import SVC
 
 from jaxdiff import load_run, open_source
-from jaxdiff.training.log import progress_bar
 
 
 def flatten(images: np.ndarray) -> np.ndarray:
@@ -55,12 +54,7 @@ def main() -> None:
     classifier, accuracy = train_classifier(real, real_labels)
     print(f"classifier: {accuracy:.1%} on {len(real) // 5} unseen real images")
     labels = run.labels([], args.num)
-    parts = []
-    with progress_bar(0, args.num, "sampling", unit="image") as bar:
-        for part in run.generate(np.arange(args.num), labels):
-            parts.append(part)
-            bar.update(len(part))
-    said = classifier.predict(flatten(np.concatenate(parts)))
+    said = classifier.predict(flatten(run.make(np.arange(args.num), labels)))
     for label in range(run.task.num_classes):
         print(f"  asked for {label}: {np.mean(said[labels == label] == label):.0%} recognised")
     print(f"{args.num} samples of step {run.step}: {np.mean(said == labels):.1%} recognised as the digit asked for")

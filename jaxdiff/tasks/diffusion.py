@@ -117,7 +117,9 @@ class DiffusionTask:
     def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         """Mean loss over a batch; every example draws from a key of its own, so that sharding does not change the numbers."""
         noise_key, label_key, dropout_key = jax.random.split(key, 3)
-        dropout_key = jax.random.fold_in(dropout_key, batch["index"][0])  # under pmap each device holds a share of its own
+        dropout_key = jax.random.fold_in(
+            dropout_key, batch["index"][0]
+        )  # under pmap each device holds a share of its own
         per_example = jax.vmap(jax.random.fold_in, (None, 0))
         x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
         config, label = self.config.diffusion, None

@@ -20,6 +20,7 @@ from jaxdiff.generation.generate import make_generator
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.training import loop
 from jaxdiff.training.checkpoints import Checkpoints
+from jaxdiff.training.log import progress_bar
 from jaxdiff.training.sharding import check_batch, make_mesh
 
 
@@ -183,6 +184,21 @@ class Run:
         mesh = mesh or make_mesh(dataclasses.replace(self.task.config.sharding, mode="jit", fsdp=1))
         generate = make_generator(self.task.make_sample(settings, guided), mesh, settings.batch_per_device)
         return generate(self.params, seeds, labels, self.task.make_knobs(settings))
+
+    def make(
+        self,
+        seeds: Sequence[int] | np.ndarray,
+        labels: np.ndarray | None = None,
+        settings: SamplingConfig | None = None,
+        mesh: Mesh | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """All images of `generate` as one array, with a progress bar."""
+        parts = []
+        with progress_bar(0, len(seeds), "sampling", unit="image") as bar:
+            for part in self.generate(seeds, labels, settings, mesh):
+                parts.append(part)
+                bar.update(len(part))
+        return np.concatenate(parts)
 
 
 def load_run(workdir: str | pathlib.Path) -> Run:
