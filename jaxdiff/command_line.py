@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from jaxdiff.config import Config, ConfigError, to_config
+from jaxdiff.files import cache_folder
 from jaxdiff.training.checkpoints import CheckpointError
 from jaxdiff.training.loop import NonFiniteLossError
 
@@ -56,9 +58,7 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
         left = values(argv)[1:]
         config = values["config"].value
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{_culprit(argv, error, path)}{error.args[0] if error.args else error}".strip("'\"")
-        ) from error
+        raise ConfigError(_explain(error, argv, path)) from error
     if left:
         raise ConfigError(f"{left[0]!r} is not understood: flags begin with two dashes, as in --config.seed=1")
     if helping:
@@ -76,20 +76,22 @@ def _config_path(argv: list[str]) -> pathlib.Path | None:
     return None
 
 
-def _culprit(argv: list[str], error: Exception, path: pathlib.Path) -> str:
-    """The flag that config_flags, which names only the part of a key that is wrong, complains about."""
+def _explain(error: Exception, argv: list[str], path: pathlib.Path) -> str:
+    """What absl and config_flags complain about, as a line; config_flags names only the part of a key that is wrong."""
+    message = str(error.args[0]) if error.args else str(error)
     if isinstance(error, flags.Error):
-        return ""
+        return message
+    meant = re.search(r'Did you mean "(\w+)"', message)
+    hint = f"; did you mean {meant[1]}?" if meant else f"; `--config {path} --help` lists the keys"
     for arg in argv:
         name = arg.lstrip("-").split("=")[0]
-        if name.startswith("config.") and any(f"'{part}" in str(error.args[0]) for part in name.split(".")[1:]):
-            return f"unknown config key {name}: "
-    return f"{path}: "
+        if name.startswith("config.") and any(f"'{part}" in message for part in name.split(".")[1:]):
+            return f"unknown config key {name}{hint}"
+    return f"{path}: {message}"
 
 
 def set_up_compilation_cache() -> None:
     """Keep compiled programs between runs: in $JAX_COMPILATION_CACHE_DIR, or in ~/.cache/jaxdiff/xla."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(root) / "jaxdiff" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,4 +1,7 @@
-"""Files that are never half-written: everything is written to a temporary name beside its place, then renamed."""
+"""Files that are never half-written: everything is written to a temporary name beside its place, then renamed.
+
+And the folder for what may be made again.
+"""
 
 import contextlib
 import io
@@ -46,3 +49,9 @@ def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w c"]) ->
     buffer = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(buffer, format="PNG")
     write_bytes(path, buffer.getvalue())
+
+
+def cache_folder() -> pathlib.Path:
+    """$XDG_CACHE_HOME/jaxdiff, or ~/.cache/jaxdiff."""
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(root) / "jaxdiff"

