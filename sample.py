@@ -11,32 +11,15 @@ otherwise for another one). Defaults of the settings are those of the run.
 """
 
 import argparse
-import dataclasses
 import pathlib
 import sys
 
 import numpy as np
 
-from jaxdiff.command_line import one_line_errors, set_up_compilation_cache
-from jaxdiff.config import Config, ConfigError, SamplingConfig, check
+from jaxdiff.command_line import add_sampling_flags, one_line_errors, sampling_settings, set_up_compilation_cache
 from jaxdiff.files import replacing, save_png
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.tasks.run import load_run
-
-SETTINGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
-HELP = {
-    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral",
-    "steps": "steps of the sampler; more is slower and better",
-    "spacing": "where the steps lie: linspace | leading | trailing | karras",
-    "eta": "ddim: 0 deterministic ... 1 as random as ddpm",
-    "variance": "ddpm: fixed_small | fixed_large | learned",
-    "guidance": "classifier-free guidance scale; 1 = none, 2 to 5 is usual",
-    "guidance_start": "guidance acts from this fraction of sampling ...",
-    "guidance_end": "... to this one",
-    "guidance_rescale": "0 to 1: pull the guided contrast back to normal",
-    "clip": "predicted pixels outside their range: none | clip | dynamic",
-    "batch_per_device": "images that a device makes at a time",
-}
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:
@@ -54,29 +37,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
     parser.add_argument("--out", default="samples", help="folder for the PNG files (default samples/)")
     parser.add_argument("--npz", help="write one .npz file instead of PNG files")
-    for name, field in SETTINGS.items():
-        kind = field.type if isinstance(field.type, type) else str
-        parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=HELP[name])
+    add_sampling_flags(parser)
     return parser.parse_args(argv)
-
-
-def checked_settings(args: argparse.Namespace, config: Config) -> SamplingConfig:
-    """The run's sampling settings with the flags' changes. Raises ConfigError."""
-    changes = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
-    for name, value in changes.items():
-        choices = getattr(SETTINGS[name].type, "__args__", None)
-        if choices and value not in choices:
-            raise ConfigError(f"--{name} {value}: must be one of {', '.join(choices)}")
-    settings = dataclasses.replace(config.sampling, **changes)
-    try:
-        check(dataclasses.replace(config, sampling=settings))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("config.sampling.", "--")) from error
-    if args.num < 1:
-        raise ConfigError(f"--num {args.num}: must be at least 1")
-    if not 0 <= args.seed <= 2**32 - args.num:
-        raise ConfigError(f"--seed {args.seed}: the seeds of {args.num} images must lie from 0 to 2**32 - 1")
-    return settings
 
 
 def main() -> None:
@@ -85,7 +47,7 @@ def main() -> None:
     with one_line_errors():
         set_up_compilation_cache()
         run = load_run(args.workdir)
-        settings = checked_settings(args, run.task.config)
+        settings = sampling_settings(args, run.task.config, args.num)
         labels = run.labels([name.strip() for name in args.label.split(",") if name.strip()], args.num)
         seeds = np.arange(args.seed, args.seed + args.num, dtype=np.uint32)
         print(f"{args.workdir}, step {run.step}: {args.num} images, {settings.sampler}, {settings.steps} steps, "

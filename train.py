@@ -17,7 +17,7 @@ import shlex
 import sys
 
 from jaxdiff.command_line import config_from_flags, one_line_errors, set_up_compilation_cache
-from jaxdiff.tasks.run import train_run
+from jaxdiff.tasks.train import train_run
 
 
 def main() -> None:

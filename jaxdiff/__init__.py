@@ -38,7 +38,8 @@ from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss, noise_mse
 from jaxdiff.models.unet import UNet
 from jaxdiff.tasks.diffusion import DiffusionTask
-from jaxdiff.tasks.run import load_run, train_run
+from jaxdiff.tasks.run import load_run
+from jaxdiff.tasks.train import train_run
 
 __version__ = "0.1.0"
 

@@ -1,6 +1,8 @@
-"""What train.py and sample.py share: config flags, errors as one line, the compilation cache."""
+"""What the commands share: config flags, sampling flags, errors as one line, the compilation cache."""
 
+import argparse
 import contextlib
+import dataclasses
 import os
 import pathlib
 import re
@@ -11,8 +13,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from jaxdiff.config import Config, ConfigError, to_config
+from jaxdiff.config import Config, ConfigError, SamplingConfig, check, to_config
+from jaxdiff.evaluation.extractors import EXTRACTORS, PRECISIONS
+from jaxdiff.evaluation.scores import NEED_REFERENCE, Options, check_metrics
 from jaxdiff.files import cache_folder
+from jaxdiff.tasks.evaluate import ALL_METRICS
 from jaxdiff.training.checkpoints import CheckpointError
 from jaxdiff.training.loop import NonFiniteLossError
 
@@ -95,3 +100,96 @@ def set_up_compilation_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+SAMPLING_FLAGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
+SAMPLING_HELP = {
+    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral",
+    "steps": "steps of the sampler; more is slower and better",
+    "spacing": "where the steps lie: linspace | leading | trailing | karras",
+    "eta": "ddim: 0 deterministic ... 1 as random as ddpm",
+    "variance": "ddpm: fixed_small | fixed_large | learned",
+    "guidance": "classifier-free guidance scale; 1 = none, 2 to 5 is usual",
+    "guidance_start": "guidance acts from this fraction of sampling ...",
+    "guidance_end": "... to this one",
+    "guidance_rescale": "0 to 1: pull the guided contrast back to normal",
+    "clip": "predicted pixels outside their range: none | clip | dynamic",
+    "batch_per_device": "images that a device makes at a time",
+}
+
+
+def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
+    """A flag for each setting of sampling; one that isn't given leaves the run's own value."""
+    for name, field in SAMPLING_FLAGS.items():
+        kind = field.type if isinstance(field.type, type) else str
+        parser.add_argument(f"--{name}", type=kind, metavar=kind.__name__.upper(), help=SAMPLING_HELP[name])
+
+
+def sampling_settings(args: argparse.Namespace, config: Config, num: int) -> SamplingConfig:
+    """The run's sampling settings with the flags' changes, for `num` images from --seed on. Raises ConfigError."""
+    changes = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    for name, value in changes.items():
+        choices = getattr(SAMPLING_FLAGS[name].type, "__args__", None)
+        if choices and value not in choices:
+            raise ConfigError(f"--{name} {value}: must be one of {', '.join(choices)}")
+    settings = dataclasses.replace(config.sampling, **changes)
+    try:
+        check(dataclasses.replace(config, sampling=settings))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("config.sampling.", "--")) from error
+    if num < 1:
+        raise ConfigError(f"--num {num}: must be at least 1")
+    if not 0 <= args.seed <= 2**32 - num:
+        raise ConfigError(f"--seed {args.seed}: the seeds of {num} images must lie from 0 to 2**32 - 1")
+    return settings
+
+
+def add_score_flags(parser: argparse.ArgumentParser) -> None:
+    """What looks at the images, and how the scores are worked out."""
+    group = parser.add_argument_group("features")
+    group.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="default inception")
+    group.add_argument("--weights", help="file of the inception network's weights (default: downloaded once)")
+    group.add_argument("--precision", choices=PRECISIONS, default="float32", help="default float32")
+    group.add_argument("--extract_batch", type=int, default=16, help="images that a device looks at at a time")
+    group = parser.add_argument_group("scores")
+    group.add_argument("--splits", type=int, default=10, help="of the inception score (default 10)")
+    group.add_argument(
+        "--marginal", choices=("generated", "real"), default="generated", help="p(y) of the inception score"
+    )
+    group.add_argument(
+        "--bootstrap", type=int, default=0, metavar="R", help="standard errors from R replicates (20, say)"
+    )
+    group.add_argument("--infinite", action="store_true", help="also FID extrapolated to infinitely many images")
+    group.add_argument("--force", action="store_true", help="print scores of what is not comparable, marked as such")
+    group.add_argument("--ode_steps", type=int, default=128, help="of bpd's ODE (default 128)")
+
+
+def score_options(args: argparse.Namespace) -> Options:
+    """How scores are worked out, as the flags say."""
+    names = ("splits", "marginal", "bootstrap", "infinite", "seed", "force")
+    return Options(**{name: getattr(args, name) for name in names})
+
+
+def check_evaluation_flags(args: argparse.Namespace) -> list[str]:
+    """The metrics that evaluate.py was asked for. Raises ConfigError for flags that cannot work, alone or together."""
+    metrics = [name.strip() for name in args.metrics.split(",") if name.strip()]
+    try:
+        check_metrics(metrics, ALL_METRICS)
+    except ValueError as error:
+        raise ConfigError(f"--metrics: {error}") from error
+    least = {"num": 1, "seed": 0, "image_size": 1, "extract_batch": 1, "splits": 1, "ode_steps": 1, "bootstrap": 0}
+    for name, bound in least.items():
+        if (value := getattr(args, name)) is not None and value < bound:
+            raise ConfigError(f"--{name} {value}: must be at least {bound}")
+    if args.bootstrap == 1:
+        raise ConfigError("--bootstrap 1: must be 0 (none) or at least 2")
+    if args.make_reference and not (args.data and (args.out or "").endswith(".npz")):
+        raise ConfigError("--make_reference needs --data (the images) and --out NAME.npz (the file to write)")
+    if args.data and not args.make_reference:
+        raise ConfigError("--data goes with --make_reference: use --images or --reference")
+    if "bpd" in metrics and not args.workdir and not args.make_reference:
+        raise ConfigError("--metrics bpd is the likelihood of a model: it needs --workdir")
+    wants = [name for name in metrics if name in NEED_REFERENCE] + ["--marginal real"] * (args.marginal == "real")
+    if args.images and wants and not args.reference:
+        raise ConfigError(f"{', '.join(wants)} of --images needs --reference: a folder, an .npz file or a data source")
+    return metrics

@@ -129,6 +129,18 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Scores during training, of the moving average of the parameters against the training data; and for `evaluate.py`."""
+
+    every: int = 0  # steps; 0 = never
+    metrics: tuple[str, ...] = ("fid", "is")  # of fid, sfid, is, kid, pr
+    num_images: int = 5000  # samples to score
+    extractor: Literal["inception", "efficientnet-lite0"] = "inception"
+    weights: str = ""  # file of the inception network's weights ("" = downloaded once)
+    batch_per_device: int = 16  # images that a device looks at at a time
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -141,10 +153,11 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     sharding: ShardingConfig = ShardingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
 
 # What may change when a run goes on in its workdir; everything else defines the run.
-CHANGEABLE = ("sampling.", "sharding.", "training.num_steps", "training.log_every", "training.checkpoint_every",
+CHANGEABLE = ("sampling.", "evaluation.", "sharding.", "training.num_steps", "training.log_every", "training.checkpoint_every",
               "training.sample_every", "training.keep_checkpoints", "data.dir", "data.num_threads")  # fmt: skip
 
 
@@ -221,7 +234,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
 
 def check(config: Config) -> None:
     """Refuse what cannot work, whatever the data and the machine. Raises ConfigError."""
-    for rules in (_range_rules, _model_rules, _diffusion_rules, _sampling_rules):
+    for rules in (_range_rules, _model_rules, _diffusion_rules, _sampling_rules, _evaluation_rules):
         for holds, message in rules(config):
             if not holds:
                 raise ConfigError(f"config.{message}")
@@ -259,15 +272,27 @@ _AT_LEAST_ONE = (
         for name in ("batch_size", "num_steps", "accumulation_steps", "log_every", "checkpoint_every")
     ),
     *("training.keep_checkpoints", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"),
+    "evaluation.batch_per_device",
 )
 _NOT_NEGATIVE = (
     *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
-    *("seed", "sampling.guidance"),
+    *("seed", "sampling.guidance", "evaluation.every"),
 )
 _FRACTIONS = (
     *("diffusion.label_dropout", "sampling.eta"),
     *("sampling.guidance_start", "sampling.guidance_end", "sampling.guidance_rescale"),
 )
+
+
+def _evaluation_rules(config: Config) -> Rules:
+    evaluation = config.evaluation
+    yield len(evaluation.metrics) > 0, f"evaluation.metrics must name some of {', '.join(TRAINING_METRICS)}"
+    for name in evaluation.metrics:
+        yield name in TRAINING_METRICS, f"evaluation.metrics: {name!r} must be one of {', '.join(TRAINING_METRICS)}"
+    yield evaluation.num_images >= 10, f"evaluation.num_images = {evaluation.num_images} must be at least 10"
+
+
+TRAINING_METRICS = ("fid", "sfid", "is", "kid", "pr")
 
 
 def _model_rules(config: Config) -> Rules:

@@ -21,6 +21,16 @@ Images = Float[Array, "b h w c"]
 Scalar = Float[Array, ""] | float
 
 
+def bind_condition(denoise: Denoiser, condition: Any) -> Denoiser:
+    """The denoiser with its condition fixed, as samplers want it."""
+    bound = condition
+
+    def bound_denoise(x_t: Array, t: Array, condition: Any = None) -> Denoised:
+        return denoise(x_t, t, bound if condition is None else condition)
+
+    return bound_denoise
+
+
 def classifier_free_guidance(
     denoise: Denoiser,
     condition: Any,

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from jaxdiff.config import Config, DiffusionConfig, SamplingConfig
 from jaxdiff.diffusion import scheduler
-from jaxdiff.diffusion.guidance import classifier_free_guidance, clip_x0, dynamic_threshold
-from jaxdiff.diffusion.predictions import Denoised, Denoiser, make_denoiser
+from jaxdiff.diffusion.guidance import bind_condition, classifier_free_guidance, clip_x0, dynamic_threshold
+from jaxdiff.diffusion.predictions import Denoiser, make_denoiser
 from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
 from jaxdiff.diffusion.timesteps import make_timesteps
-from jaxdiff.generation.generate import Sample, make_generator
+from jaxdiff.generation.generate import Sample, from_uint8, make_generator
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss
 from jaxdiff.models.unet import UNet
@@ -62,16 +62,6 @@ def make_model(config: Config) -> UNet:
         remat=model.remat,
         attention_implementation=implementation,
     )
-
-
-def bind_condition(denoise: Denoiser, condition: Any) -> Denoiser:
-    """The denoiser with its condition fixed, as samplers want it."""
-    bound = condition
-
-    def bound_denoise(x_t: Array, t: Array, condition: Any = None) -> Denoised:
-        return denoise(x_t, t, bound if condition is None else condition)
-
-    return bound_denoise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +111,7 @@ class DiffusionTask:
             dropout_key, batch["index"][0]
         )  # under pmap each device holds a share of its own
         per_example = jax.vmap(jax.random.fold_in, (None, 0))
-        x0 = batch["image"].astype(jnp.float32) / 127.5 - 1
+        x0 = from_uint8(batch["image"])
         config, label = self.config.diffusion, None
         if self.num_classes:
             keys = per_example(label_key, batch["index"])

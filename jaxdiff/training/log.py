@@ -2,12 +2,12 @@
 
 import json
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
-from tqdm import tqdm
 
 from jaxdiff.files import replacing, save_png, write_text
 
@@ -29,7 +29,7 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.add_scalar(re.sub(r"[^\w./-]+", "_", name).strip("_"), value, step)  # its tags are words
 
     def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> pathlib.Path:
         """A PNG `<name>/step_<step>.png`, and the same to TensorBoard."""
@@ -84,10 +84,3 @@ def save_curve(workdir: pathlib.Path, names: list[str]) -> pathlib.Path | None:
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
     return path
-
-
-def progress_bar(start: int, total: int, description: str, unit: str = "step", hidden: bool = False) -> tqdm:
-    """A tqdm bar from `start` to `total` with speed and ETA."""
-    return tqdm(
-        initial=start, total=total, desc=description, unit=unit, dynamic_ncols=True, disable=hidden, mininterval=0.5
-    )

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
 from jaxdiff.config import TrainingConfig
+from jaxdiff.progress import progress_bar
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
-from jaxdiff.training.log import MetricsLog, progress_bar, save_curve
+from jaxdiff.training.log import MetricsLog, save_curve
 from jaxdiff.training.sharding import make_runner
 
 
@@ -29,13 +30,16 @@ class Trainable:
     """All that the loop knows of a task.
 
     The state is any pytree dataclass with a `step`; `make_update(axis_name)` gives update(state, batch, key) -> (state, metrics)
-    whose metrics hold `loss` and `finite`; `pictures(state)` gives named uint8 images to look at.
+    whose metrics hold `loss` and `finite`; `pictures(state)` gives named uint8 images to look at; `scores(state)`, every
+    `score_every` steps and at the end, named numbers.
     """
 
     init: Callable[[Key[Array, ""]], Any]
     make_update: Callable[[str | None], Callable[..., Any]]
     pictures: Callable[[Any], dict[str, UInt8[np.ndarray, "h w c"]]]
     curves: tuple[str, ...] = ("loss", "grad_norm")
+    scores: Callable[[Any], dict[str, float]] | None = None
+    score_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +133,7 @@ class _Run:
     def __init__(self, task: Trainable, config: TrainingConfig, log: MetricsLog, checkpoints: Checkpoints, start: int):
         self.task, self.config, self.log, self.checkpoints = task, config, log, checkpoints
         self.step = self.saved = self.start = start
+        self.scored: set[str] = set()  # names of scores
         self.bar = progress_bar(start, config.num_steps, "training")
         self._pending: list[Any] = []  # metrics still on the device: reading them at every step would stall it
         self._since = time.perf_counter()
@@ -149,6 +154,8 @@ class _Run:
             self.draw(state)
         if step % config.checkpoint_every == 0:
             self.save(state)
+        if self.task.scores and step % self.task.score_every == 0 and step < config.num_steps:
+            self.score(state)
 
     def flush(self, step: int) -> None:
         """Read the pending metrics, refuse non-finite ones, and log their mean."""
@@ -178,6 +185,17 @@ class _Run:
             self.log.picture(self.step, name, image)
         self._since += time.perf_counter() - started
 
+    def score(self, state: Any) -> None:
+        """Log the task's scores; the time they take is not counted as training time."""
+        assert self.task.scores is not None
+        self.flush(self.step)
+        started = time.perf_counter()
+        scores = self.task.scores(state)
+        self.log.scalars(self.step, scores)
+        self.scored |= set(scores)
+        self.bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        self._since += time.perf_counter() - started
+
     def save(self, state: Any) -> None:
         """Save a checkpoint, once the loss of every step up to it is known to be finite."""
         self.flush(self.step)
@@ -191,4 +209,6 @@ class _Run:
         if self.step >= self.config.num_steps and not self.log.has_picture(self.step):
             self.bar.set_postfix_str("drawing the last samples")
             self.draw(state)
-        save_curve(self.log.workdir, list(self.task.curves))
+        if self.task.scores and self.step >= self.config.num_steps and self.step > self.start:
+            self.score(state)
+        save_curve(self.log.workdir, [*self.task.curves, *sorted(self.scored)])

@@ -15,7 +15,8 @@ import pytest
 from jaxdiff.config import to_json
 from jaxdiff.files import write_text
 from jaxdiff.tasks.diffusion import DiffusionTask
-from jaxdiff.tasks.run import load_run, train_run
+from jaxdiff.tasks.run import load_run
+from jaxdiff.tasks.train import train_run
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
 from jaxdiff.training.loop import NonFiniteLossError
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh
@@ -36,7 +37,7 @@ def start(config, workdir):
         "import jax, json, sys, pathlib\n"
         "from jaxdiff.command_line import set_up_compilation_cache\n"
         "from jaxdiff.config import to_config\n"
-        "from jaxdiff.tasks.run import train_run\n"
+        "from jaxdiff.tasks.train import train_run\n"
         "set_up_compilation_cache()\n"
         "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)\n"
         "outcome = train_run(to_config(json.loads(pathlib.Path(sys.argv[1]).read_text())), pathlib.Path(sys.argv[2]))\n"

@@ -1,0 +1,114 @@
+"""Score images: inception score, FID and their kin; or a diffusion run's likelihood.
+
+    python evaluate.py --workdir runs/mnist --metrics fid,is,kid,pr --num 5000
+    python evaluate.py --images samples/ --reference photos/ --metrics fid
+    python evaluate.py --make_reference --data tfds:cifar10 --out cifar10-train.npz
+    python evaluate.py --workdir runs/digits --metrics bpd
+
+A run's samples are scored against its own data set, unless --reference says otherwise. --images, --reference and --data take a
+folder, an .npz file of images (`images` or `arr_0`, uint8 [n h w c]) or a data source (digits, mnist, tfds:<name>); --reference
+also a statistics file (.npz with `mu` and `sigma`, this command's or another tool's).
+
+fid   Frechet inception distance          is   inception score           kid  kernel inception distance
+sfid  the same of an inner layer          pr   precision and recall      bpd  bits per dimension, by the bound and the ODE
+
+The table is printed and added to results.json in the workdir (for --images: NAME_results.json beside them) with all that it takes
+to make it again; evaluation.png shows images and, for `is`, their classes. Scores of any network but FID's own carry its name.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from jaxdiff import command_line
+from jaxdiff.config import Config, ConfigError
+from jaxdiff.evaluation.extractors import load_extractor
+from jaxdiff.evaluation.images import open_images
+from jaxdiff.tasks.evaluate import (
+    Reference,
+    Results,
+    evaluate_images,
+    evaluate_likelihood,
+    evaluate_samples,
+    make_reference,
+    read_results,
+)
+from jaxdiff.tasks.run import load_run
+from jaxdiff.tasks.score import Scorer, local_mesh
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The flags; argparse itself ends with status 2 on a wrong one."""
+    usage, text = (__doc__ or "").split("\n\n", 1)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "evaluate.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", help="score samples of this run")
+    what.add_argument("--images", help="score these images")
+    what.add_argument("--make_reference", action="store_true", help="write the statistics of --data to --out")
+    parser.add_argument("--metrics", default="fid,is", help="of fid, sfid, is, kid, pr, bpd (default fid,is)")
+    parser.add_argument("--num", type=int, help="how many images (default: 5000 samples, 256 for bpd, all of --images)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first sample, and of every random choice")
+    parser.add_argument("--reference", help="what to compare with (default with --workdir: the run's data)")
+    parser.add_argument("--data", help="with --make_reference: the images")
+    parser.add_argument("--data_dir", help="where data sources lie, such as TFDS's data_dir")
+    parser.add_argument("--split", help="of a data source (default train; bpd: test where there is one)")
+    parser.add_argument("--image_size", type=int, help="cut images of folders and data sources to this many pixels")
+    parser.add_argument("--out", help="with --make_reference: the .npz to write; else the folder for results")
+    command_line.add_score_flags(parser)
+    command_line.add_sampling_flags(parser.add_argument_group("sampling, with --workdir (defaults: the run's own)"))
+    return parser.parse_args(argv)
+
+
+def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results]:
+    """The results asked for, one after the other."""
+    run = load_run(args.workdir) if args.workdir else None
+    sampling = command_line.sampling_settings(args, run.task.config, args.num or 5000) if run else None
+    if run and "bpd" in metrics:
+        yield evaluate_likelihood(run, args.data_dir, args.split, args.num or 256, args.seed, args.ode_steps)
+        metrics = [name for name in metrics if name != "bpd"]
+    if not metrics:
+        return
+    mesh = local_mesh(run.task.config if run else Config())
+    scorer = Scorer(load_extractor(args.extractor, args.weights, args.precision), mesh, args.extract_batch)
+    options, split, size = command_line.score_options(args), args.split or "train", args.image_size
+    if run:
+        reference = Reference(args.reference or "", args.data_dir, split, size or run.task.config.data.image_size)
+        workdir, num = pathlib.Path(args.workdir), args.num or 5000
+        yield evaluate_samples(metrics, run, workdir, reference, scorer, options, num, args.seed, sampling)
+        return
+    name = args.data if args.make_reference else args.images
+    images = open_images(name, args.data_dir, split, size=size, num=args.num, seed=args.seed)
+    if args.make_reference:
+        yield make_reference(images, scorer, pathlib.Path(args.out))
+    else:
+        compared = Reference(args.reference, args.data_dir, split, size) if args.reference else None
+        yield evaluate_images(metrics, images, compared, scorer, options)
+
+
+def main() -> None:
+    """Check the flags, work the scores out, print, write and draw them."""
+    args = parse_args(sys.argv[1:])
+    with command_line.one_line_errors():
+        metrics = command_line.check_evaluation_flags(args)
+        command_line.set_up_compilation_cache()
+        place = pathlib.Path(args.workdir or args.images or args.out)
+        name = "results.json" if args.workdir else f"{place.stem}_results.json"
+        path = pathlib.Path(args.out or (place if args.workdir else place.parent)) / name
+        read_results(path)  # so that a file that cannot be added to is found out first
+        try:
+            for results in results_of(args, metrics):
+                for line in results.warnings:
+                    print(f"warning: {line}", file=sys.stderr)
+                print(results.table())
+                written = [pathlib.Path(args.out)] if args.make_reference else results.save(path)
+                print(f"wrote {' and '.join(map(str, written))}")
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

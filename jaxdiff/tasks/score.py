@@ -1,0 +1,133 @@
+"""Scoring: images (of a run, or any) -> features -> statistics -> scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+
+from jaxdiff.config import Config, ConfigError, EvaluationConfig, SamplingConfig
+from jaxdiff.data.sources import Source
+from jaxdiff.evaluation.collect import Batch, Collector, make_extract, provenance_of
+from jaxdiff.evaluation.extractors import Extractor, load_extractor
+from jaxdiff.evaluation.images import ImageSet
+from jaxdiff.evaluation.scores import NEED_REFERENCE, score
+from jaxdiff.evaluation.statistics import Provenance, Statistics, load_statistics
+from jaxdiff.generation.generate import make_device_generator
+from jaxdiff.progress import progress_bar
+from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.run import Run
+from jaxdiff.training.sharding import make_mesh
+
+KEEP = 10_000  # features kept with reference statistics, for KID and for precision and recall
+PREVIEW = 64  # images kept to be looked at
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scorer:
+    """An extractor on the devices of a mesh."""
+
+    extractor: Extractor
+    mesh: Mesh
+    batch_per_device: int = 16
+
+    def of_images(self, images: ImageSet, keep: int | None = KEEP, spatial: bool = False) -> tuple[Statistics, Any]:
+        """Statistics of images on the host (each process takes its share), and some of the images to look at."""
+        share = images.share(jax.process_index(), jax.process_count())
+        batches = share.batches(self.mesh.size * self.batch_per_device)
+        provenance = provenance_of(self.extractor, images.description)
+        return self._collect(batches, len(images), provenance, keep, spatial, "features")
+
+    def of_run(
+        self, run: Run, num: int, seed: int, settings: SamplingConfig, keep: int | None = None, spatial: bool = False
+    ) -> tuple[Statistics, Any]:
+        """Statistics of samples with the seeds seed, seed + 1, ..., the classes in turn; they never leave the devices."""
+        sample = sampler_for_scores(run.task, settings, self.mesh)
+        data = f"{num:,} samples of step {run.step:,}"
+        provenance = provenance_of(self.extractor, data, seed)
+        seeds = np.arange(seed, seed + num)[jax.process_index() :: jax.process_count()]
+        labels = run.labels([], seed + num)
+        labels = None if labels is None else labels[seeds]
+        return self._collect(sample(run.params, seeds, labels), num, provenance, keep, spatial, "sampling")
+
+    def _collect(
+        self, batches: Iterable[Batch], total: int, provenance: Provenance, keep: int | None, spatial: bool, name: str
+    ) -> tuple[Statistics, UInt8[np.ndarray, "n h w c"]]:
+        collector = Collector(None if keep is None else -(-keep // jax.process_count()), spatial)
+        preview: list[np.ndarray] = []
+
+        def watched() -> Iterator[Batch]:
+            for images, count in batches:
+                if sum(map(len, preview)) < PREVIEW:
+                    preview.append(np.asarray(images)[:count])
+                yield images, count
+
+        extract = make_extract(self.extractor, self.mesh, self.batch_per_device)
+        with progress_bar(0, total, f"{name}, {self.extractor.name}", unit="image") as bar:
+            for features in extract(watched()):
+                collector.add(features)
+                bar.update(len(features.pool) * jax.process_count())
+        return collector.statistics(provenance), np.concatenate(preview)[:PREVIEW]
+
+
+def sampler_for_scores(task: DiffusionTask, settings: SamplingConfig, mesh: Mesh) -> Callable[..., Iterator[Batch]]:
+    """A function (params, seeds, labels) -> batches of samples that stay on the devices."""
+    guided = bool(task.num_classes) and settings.guidance != 1
+    generate = make_device_generator(task.make_sample(settings, guided), mesh, settings.batch_per_device)
+    return lambda params, seeds, labels: generate(params, seeds, labels, task.make_knobs(settings))
+
+
+def local_mesh(config: Config) -> Mesh:
+    """The devices of this process: processes share out the images, not the arrays."""
+    return make_mesh(dataclasses.replace(config.sharding, mode="jit", fsdp=1), jax.local_devices())
+
+
+def training_images(config: Config, source: Source) -> ImageSet:
+    """A run's data set as the network sees it, without flips and random crops."""
+    return ImageSet.of(source, config.data.split, config.data.image_size, config.data.channels)
+
+
+def cached_statistics(path: pathlib.Path, images: ImageSet, scorer: Scorer, spatial: bool) -> Statistics:
+    """Statistics of `images` from the file at `path` if it holds them, else worked out and written there."""
+    wanted = dataclasses.replace(provenance_of(scorer.extractor, images.description), num_images=len(images))
+    if path.is_file():
+        try:
+            found = load_statistics(path)
+        except ValueError:
+            found = None  # it is only a copy of what can be worked out again
+        if found is not None and found.provenance == wanted and (found.spatial_mean is not None or not spatial):
+            return found
+    statistics, _ = scorer.of_images(images, spatial=spatial)
+    if jax.process_index() == 0:
+        statistics.save(path)
+    return statistics
+
+
+def make_training_scores(
+    task: DiffusionTask, source: Source, config: EvaluationConfig, mesh: Mesh, workdir: pathlib.Path
+) -> Callable[[Any], dict[str, float]]:
+    """A function from a training state to its scores; the training data's statistics are worked out once and kept."""
+    try:
+        scorer = Scorer(load_extractor(config.extractor, config.weights or None), mesh, config.batch_per_device)
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation: {error}") from error
+    metrics, spatial = list(config.metrics), "sfid" in config.metrics
+    reference: Statistics | None = None
+    if any(name in NEED_REFERENCE for name in metrics):
+        path = workdir / f"reference-{config.extractor}.npz"
+        reference = cached_statistics(path, training_images(task.config, source), scorer, spatial)
+
+    def scores(state: Any) -> dict[str, float]:
+        run = Run(task, state.ema_params, int(state.step), ())
+        keep = None if {"kid", "pr"} & set(metrics) else 0
+        generated, _ = scorer.of_run(run, config.num_images, 0, task.config.sampling, keep, spatial)
+        found = score(metrics, generated, reference)
+        return {scorer.extractor.score_name(s.name): s.value for s in found}
+
+    return scores
