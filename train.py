@@ -30,7 +30,8 @@ def main() -> None:
         again = shlex.join(["python", *sys.argv])
         print(f"stopped by {outcome.stopped_by.name} at step {outcome.step}, all is saved; to go on: {again}")
         sys.exit(128 + outcome.stopped_by)
-    print(f"done at step {outcome.step}: see {workdir}/samples and {workdir}/curves.png")
+    curves = " and curves.png" if (workdir / "curves.png").exists() else ""
+    print(f"done at step {outcome.step}: see samples/{curves} in {workdir}")
     print(f"to make images: python sample.py --workdir {shlex.quote(str(workdir))} --num 16 --out samples/")
 
 

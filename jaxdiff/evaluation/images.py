@@ -87,7 +87,8 @@ class ImageSet:
             name = self._name(position)
             try:
                 with Image.open(self.source.root / name, formats=FORMATS) as image:
-                    sideways = image.getexif().get(ORIENTATION, 1) >= 5
+                    # Asked only where there is some: Pillow would decode a whole PNG to look for it.
+                    sideways = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
                     shape = (image.width, image.height) if sideways else (image.height, image.width)
             except DECODING_ERRORS as error:
                 raise ValueError(f"{self.source.root / name} cannot be read as an image") from error

@@ -19,7 +19,7 @@ from jaxdiff.evaluation.frechet import frechet_distance, frechet_infinite, frech
 from jaxdiff.evaluation.inception_score import inception_score
 from jaxdiff.evaluation.kernel import kernel_distance, kernel_standard_error
 from jaxdiff.evaluation.neighbours import precision_recall
-from jaxdiff.evaluation.statistics import NotComparableError, Statistics, check_comparable
+from jaxdiff.evaluation.statistics import NotComparableError, Provenance, Statistics, check_comparable
 
 NEED_REFERENCE = ("fid", "sfid", "kid", "pr")
 
@@ -70,22 +70,42 @@ def score(
     score needs is missing.
     """
     options = options or Options()
-    check_metrics(metrics, METRICS)
-    real_marginal = options.marginal == "real" and "is" in metrics
-    note = ""
-    if real_marginal or any(name in NEED_REFERENCE for name in metrics):
-        if reference is None:
-            raise ValueError(
-                f"{', '.join(name for name in metrics if name != 'is') or 'marginal real'} needs a reference"
-            )
-        try:
-            check_comparable(generated.provenance, reference.provenance)
-        except NotComparableError as error:
-            if not options.force:
-                raise
-            note = str(error)
+    note = check_reference(metrics, generated.provenance, len(generated.mean), reference, options)
     scores = [s for name in metrics for s in _FUNCTIONS[name](generated, reference, options)]
     return [dataclasses.replace(s, note="; ".join(filter(None, (s.note, note)))) for s in scores]
+
+
+def check_reference(
+    metrics: list[str], provenance: Provenance, dimension: int, reference: Statistics | None, options: Options
+) -> str:
+    """Whether features of this provenance and dimension, yet to be made, can be scored against `reference`.
+
+    Returns what must be noted beside the scores: why they are not comparable, where `options.force` lets that pass. Raises as
+    `score` does, before hours are spent on features.
+    """
+    check_metrics(metrics, METRICS)
+    wants = [name for name in metrics if name in NEED_REFERENCE]
+    wants += ["is with p(y) of real images"] * ("is" in metrics and options.marginal == "real")
+    if not wants:
+        return ""
+    if reference is None:
+        raise ValueError(f"{', '.join(wants)}: a reference is needed")
+    data, note = reference.provenance.data, ""
+    try:
+        check_comparable(provenance, reference.provenance)
+    except NotComparableError as error:
+        if not options.force:
+            raise
+        note = str(error)
+    if len(reference.mean) != dimension:
+        raise ValueError(f"{data}: its features have {len(reference.mean)} dimensions, those of the images {dimension}")
+    for name, field in (("kid", "features"), ("pr", "features"), ("sfid", "spatial_mean")):
+        if name in metrics and getattr(reference, field) is None:
+            what = "features themselves" if field == "features" else "moments of an inner layer"
+            raise ValueError(f"{name} needs the {what}, which {data} lacks")
+    if "is" in metrics and options.marginal == "real" and reference.marginal is None:
+        raise ValueError(f"p(y) of real images was asked for, which {data} lacks")
+    return note
 
 
 def warnings(metrics: list[str], generated: Statistics, reference: Statistics | None) -> list[str]:
@@ -133,8 +153,6 @@ def _is(generated: Statistics, reference: Any, options: Options) -> list[Score]:
     if generated.probabilities is None:
         raise ValueError(f"is needs p(y|x) of every image, which {generated.provenance.data} lacks")
     marginal = reference.marginal if options.marginal == "real" else None
-    if options.marginal == "real" and marginal is None:
-        raise ValueError(f"p(y) of real images was asked for, which {reference.provenance.data} lacks")
     mean, std = inception_score(generated.probabilities, options.splits, marginal)
     note = f"p(y) of the {'real' if marginal is not None else 'generated'} images"
     return [Score("is", mean, std, f"std over {options.splits} splits", note)]

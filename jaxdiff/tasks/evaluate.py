@@ -14,8 +14,18 @@ from jaxtyping import UInt8
 
 from jaxdiff.config import ConfigError, SamplingConfig
 from jaxdiff.data.sources import open_source
+from jaxdiff.evaluation.collect import provenance_of
 from jaxdiff.evaluation.images import ImageSet, open_images
-from jaxdiff.evaluation.scores import METRICS, NEED_REFERENCE, Options, Score, check_metrics, score, warnings
+from jaxdiff.evaluation.scores import (
+    METRICS,
+    NEED_REFERENCE,
+    Options,
+    Score,
+    check_metrics,
+    check_reference,
+    score,
+    warnings,
+)
 from jaxdiff.evaluation.statistics import Provenance, Statistics, is_statistics, load_statistics
 from jaxdiff.files import replacing, write_text
 from jaxdiff.generation.pictures import image_grid
@@ -136,7 +146,8 @@ def evaluate_images(
     spatial = "sfid" in metrics
     statistics = None
     if reference is not None and _needs_reference(metrics, options):
-        statistics = reference.statistics(scorer, spatial)  # first: it is the one that may be refused
+        statistics = reference.statistics(scorer, spatial)
+    _check(metrics, statistics, images.description, scorer, options)
     generated, preview = scorer.of_images(images, _keep(metrics, options), spatial)
     return _results(metrics, generated, statistics, scorer, options, preview, None)
 
@@ -166,8 +177,15 @@ def evaluate_samples(
             )
             path = workdir / f"reference-{scorer.extractor.name}.npz"
             statistics = cached_statistics(path, training_images(run.task.config, source), scorer, spatial)
+    _check(metrics, statistics, "samples", scorer, options)
     generated, preview = scorer.of_run(run, num, seed, sampling, _keep(metrics, options), spatial)
     return _results(metrics, generated, statistics, scorer, options, preview, sampling)
+
+
+def _check(metrics: Sequence[str], reference: Statistics | None, data: str, scorer: Scorer, options: Options) -> None:
+    """Refuse a reference that will not do before anything is extracted."""
+    provenance = provenance_of(scorer.extractor, data)
+    check_reference(list(metrics), provenance, scorer.extractor.dimension, reference, options)
 
 
 def _needs_reference(metrics: Sequence[str], options: Options) -> bool:

@@ -32,7 +32,7 @@ def resolve_classes(config: Config, source: Source) -> Config:
 
 
 def check_continuation(config: Config, workdir: pathlib.Path) -> None:
-    """Raise ConfigError where the workdir holds a run that `config` does not continue."""
+    """Raise ConfigError where the workdir holds a run that `config` does not continue; tell what a new length changes."""
     if not (workdir / "config.json").is_file():
         return
     old, new = flatten(read_config(workdir)), flatten(config)
@@ -42,6 +42,12 @@ def check_continuation(config: Config, workdir: pathlib.Path) -> None:
                 f"{workdir} holds a run with config.{name} = {old[name]!r}, now it is {value!r}: "
                 "give another --workdir for a new run"
             )
+    before, after = old["training.num_steps"], config.training.num_steps
+    if before != after and config.optimizer.schedule == "cosine":
+        print(
+            f"note: the cosine learning rate now ends at step {after:,}, not {before:,}: it differs from here on",
+            flush=True,
+        )
 
 
 def _open_data(config: Config) -> tuple[Source, Loader]:

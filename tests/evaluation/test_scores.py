@@ -65,8 +65,8 @@ def test_other_extractors_features_are_refused_unless_forced():
 @pytest.mark.parametrize(
     ("metrics", "lacking", "options", "message"),
     [
-        (["fid"], None, Options(), "fid needs a reference"),
-        (["is"], None, Options(marginal="real"), "needs a reference"),
+        (["fid"], None, Options(), "fid: a reference is needed"),
+        (["is"], None, Options(marginal="real"), "is with p.y. of real images: a reference is needed"),
         (["kid"], "features", Options(), "kid needs the features themselves"),
         (["pr"], "features", Options(), "pr needs the features themselves"),
         (["sfid"], "spatial_mean", Options(), "sfid needs the moments of an inner layer"),

@@ -110,3 +110,18 @@ def test_impossible_meshes_and_batches_are_refused():
         make_mesh(ShardingConfig(mode="pmap", fsdp=2))
     with pytest.raises(ConfigError, match="divisible by 8 devices x 2 accumulation steps: 32 or 48 would do"):
         check_batch(40, 2, make_mesh(ShardingConfig()))
+
+
+def test_devices_drop_different_activations(monkeypatch):
+    """Under pmap every device sees the same key: its dropout masks must differ by the examples that it holds."""
+    task, keys = DiffusionTask(tiny_config(**{"model.dropout": 0.1, "training.batch_size": 4})), []
+
+    def network(_self, _params, train=False, dropout_key=None):
+        keys.append(jax.random.key_data(dropout_key).tolist())
+        return lambda x, time, label: jnp.zeros_like(x)
+
+    monkeypatch.setattr(DiffusionTask, "network", network)
+    batch = tiny_batch(task.config)
+    for half in (slice(0, 2), slice(2, 4)):
+        task.loss(None, {name: value[half] for name, value in batch.items()}, jax.random.key(0))
+    assert keys[0] != keys[1]
