@@ -120,7 +120,7 @@ def make_training_scores(
     metrics, spatial = list(config.metrics), "sfid" in config.metrics
     reference: Statistics | None = None
     if any(name in NEED_REFERENCE for name in metrics):
-        path = workdir / f"reference-{config.extractor}.npz"
+        path = workdir / f"reference-{scorer.extractor.name}.npz"
         reference = cached_statistics(path, training_images(task.config, source), scorer, spatial)
 
     def scores(state: Any) -> dict[str, float]:

@@ -172,7 +172,7 @@ def test_training_scores_itself(tmp_path, monkeypatch):
     scored = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fid[tiny]" in r]
     assert [r["step"] for r in scored] == [4, 8]
     assert set(scored[0]) == {"step", "fid[tiny]", "precision[tiny]", "recall[tiny]", "sfid[tiny]"}
-    assert (tmp_path / "run" / "reference-inception.npz").is_file()
+    assert (tmp_path / "run" / "reference-tiny.npz").is_file()
     train_run(
         dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=12)), tmp_path / "run"
     )
