@@ -8,8 +8,9 @@ noising      linear_betas, scaled_linear_betas, cosine_betas, rescale_zero_termi
 network      UNet
 loss         noise_mse, diffusion_loss
 denoising    make_denoiser, classifier_free_guidance, clip_x0, dynamic_threshold
-sampling     SAMPLERS, make_timesteps, initial_noise, to_uint8, image_grid
+sampling     SAMPLERS, make_timesteps, initial_noise, to_uint8, from_uint8, image_grid
 likelihood   variational_bound, ode_log_likelihood
+scores       load_extractor, Moments, frechet_distance, frechet_infinite, kernel_distance, inception_score, precision_recall
 whole runs   default_config, to_config, DiffusionTask, train_run, load_run
 """
 
@@ -33,7 +34,13 @@ from jaxdiff.diffusion.scheduler import (
     scaled_linear_betas,
 )
 from jaxdiff.diffusion.timesteps import make_timesteps
-from jaxdiff.generation.generate import to_uint8
+from jaxdiff.evaluation.extractors import load_extractor
+from jaxdiff.evaluation.frechet import frechet_distance, frechet_infinite
+from jaxdiff.evaluation.inception_score import inception_score
+from jaxdiff.evaluation.kernel import kernel_distance
+from jaxdiff.evaluation.moments import Moments
+from jaxdiff.evaluation.neighbours import precision_recall
+from jaxdiff.generation.generate import from_uint8, to_uint8
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss, noise_mse
 from jaxdiff.models.unet import UNet
@@ -50,6 +57,7 @@ __all__ = [
     "EDMSchedule",
     "FlowSchedule",
     "Loader",
+    "Moments",
     "UNet",
     "classifier_free_guidance",
     "clip_x0",
@@ -57,15 +65,22 @@ __all__ = [
     "default_config",
     "diffusion_loss",
     "dynamic_threshold",
+    "frechet_distance",
+    "frechet_infinite",
+    "from_uint8",
     "image_grid",
+    "inception_score",
     "initial_noise",
+    "kernel_distance",
     "linear_betas",
+    "load_extractor",
     "load_run",
     "make_denoiser",
     "make_timesteps",
     "noise_mse",
     "ode_log_likelihood",
     "open_source",
+    "precision_recall",
     "q_posterior",
     "q_sample",
     "q_step",

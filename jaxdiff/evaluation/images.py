@@ -39,6 +39,7 @@ class ImageSet:
     indices: Int[np.ndarray, " n"]
     size: int | None = None
     channels: int | None = None
+    seed: int | None = None  # that drew them, where they are not all
 
     @classmethod
     def of(
@@ -49,7 +50,8 @@ class ImageSet:
             raise ValueError(f"{source.describe()}: {num} images were asked for, there are {len(source)}")
         indices = np.random.default_rng(seed).permutation(len(source))[:num]
         cut = "" if size is None or source.image_shape == (size, size) else f", cut to {size}x{size}"
-        images = cls(source, f"{source.describe()} ({split}){cut}", indices, size, channels)
+        description = f"{source.describe()} ({split}){cut}"
+        images = cls(source, description, indices, size, channels, None if num is None else seed)
         images.check_sizes()
         return images
 

@@ -114,12 +114,12 @@ def warnings(metrics: list[str], generated: Statistics, reference: Statistics | 
     if reference is not None and (unknown := reference.provenance.unknown()):
         lines.append(f"{reference.provenance.data}: a file of another tool: its {', '.join(unknown)} are unknown")
     dimension = len(generated.mean)
-    for statistics in (generated, reference):
+    for what, statistics in (("the images are", generated), ("the reference is", reference)):
         count = None if statistics is None else statistics.provenance.num_images
-        if "fid" in metrics and statistics is not None and count is not None and count <= dimension:
+        if "fid" in metrics and count is not None and count <= dimension:
             lines.append(
-                f"{statistics.provenance.data}: {count:,} images are fewer than the features' {dimension:,} dimensions: FID is "
-                "biased upwards; compare it only with a FID of as many images"
+                f"{what} only {count:,}, fewer than the features' {dimension:,} dimensions: FID is biased upwards; "
+                "compare it only with a FID of as many images"
             )
     return lines
 

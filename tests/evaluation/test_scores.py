@@ -85,7 +85,7 @@ def test_warnings():
     few, unknown = statistics(0, n=4), statistics(1, provenance=Provenance(data="their.npz"))
     lines = warnings(["fid"], few, unknown)
     assert "their.npz: a file of another tool: its extractor, weights_sha256, resize, precision, num_images" in lines[0]
-    assert "4 images are fewer than the features' 5 dimensions" in lines[1]
+    assert "the images are only 4, fewer than the features' 5 dimensions" in lines[1]
     assert warnings(["fid"], statistics(0), statistics(1)) == []
     assert len(warnings(["is"], few, None)) == 0
 

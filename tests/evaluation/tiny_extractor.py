@@ -11,7 +11,7 @@ from jaxdiff.evaluation.extractors import Extractor
 from jaxdiff.models.features import Features
 
 
-def tiny_extractor(name="tiny", weights_sha256="0" * 64, dimension=6, classes=4):
+def tiny_extractor(name="tiny", weights_sha256="0" * 64, dimension=6, classes=4, spatial=True):
     """Takes images of any size; grey images count as RGB."""
     rng = np.random.default_rng(0)
     params = {"w": rng.integers(-2, 3, (3 * 4 * 4, dimension)).astype(np.float32)}
@@ -20,6 +20,6 @@ def tiny_extractor(name="tiny", weights_sha256="0" * 64, dimension=6, classes=4)
         x = jnp.broadcast_to(images, (*images.shape[:3], 3)).astype(jnp.float32)
         x = x[:, :: images.shape[1] // 4, :: images.shape[2] // 4][:, :4, :4].reshape(len(images), -1)
         pool = x @ params["w"] / 1024
-        return Features(pool, pool[:, :classes], pool[:, :3] / 2)
+        return Features(pool, pool[:, :classes], pool[:, :3] / 2 if spatial else None)
 
-    return Extractor(name, weights_sha256, "nearest-4", "float32", dimension, params, features)
+    return Extractor(name, weights_sha256, "nearest-4", "float32", dimension, spatial, params, features)
