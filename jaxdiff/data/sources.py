@@ -1,4 +1,4 @@
-"""Sources of images by name: `digits` and `mnist` (embedded in packages), `tfds:<name>`, `folder`, `idx`.
+"""Sources of images by name: `digits` and `mnist` (embedded in packages), `shapes`, `tfds:<name>`, `folder`, `idx`.
 
 A source is random access: source[i] is example i, always the same.
 """
@@ -100,7 +100,7 @@ def open_source(
     require_text: bool = False,
     max_bad_fraction: float = 0.01,
 ) -> Source:
-    """Open the source called `name`: "digits", "mnist", "tfds:<name>", "folder" or "idx".
+    """Open the source called `name`: "digits", "mnist", "shapes", "tfds:<name>", "folder" or "idx".
 
     `dir` is where it lies: needed by folder and idx; for tfds the data_dir, by default $TFDS_DATA_DIR or
     ~/tensorflow_datasets. Corrupt images of a folder or a TFDS data set are skipped as `SkipCorrupt` says.
@@ -119,7 +119,7 @@ def open_source(
 
 
 def _open(name: str, folder: pathlib.Path | None, split: str, max_bad_fraction: float) -> Source:
-    from jaxdiff.data import embedded, idx, tfds
+    from jaxdiff.data import embedded, idx, shapes, tfds
     from jaxdiff.data import folder as image_folder
     from jaxdiff.data.corrupt import SkipCorrupt
 
@@ -130,6 +130,8 @@ def _open(name: str, folder: pathlib.Path | None, split: str, max_bad_fraction: 
         if split != "train":
             raise ValueError(f"{name} has one split, 'train', and no {split!r}")
         return embedded.open_digits() if name == "digits" else embedded.open_mnist()
+    if name == "shapes":
+        return shapes.open_shapes(split)
     if name in ("folder", "idx"):
         if folder is None:
             raise ValueError(f"data source {name!r} needs the folder it lies in (data.dir)")
@@ -143,4 +145,4 @@ def _open(name: str, folder: pathlib.Path | None, split: str, max_bad_fraction: 
     raise ValueError(f"unknown data source {name!r}: there are {', '.join(SOURCES)}{hint}")
 
 
-SOURCES = ("digits", "mnist", "tfds:<name>", "folder", "idx")
+SOURCES = ("digits", "mnist", "shapes", "tfds:<name>", "folder", "idx")

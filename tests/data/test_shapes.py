@@ -1,0 +1,177 @@
+"""The source `shapes`: pure, captions true to the picture, combinations held out of training."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from jaxdiff.data.loader import Loader
+from jaxdiff.data.scenes import (
+    COLOURS,
+    COMBINATIONS,
+    HELD_OUT,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    TRAINED,
+    Scene,
+    Thing,
+    make_caption,
+    parse_caption,
+    prompts,
+)
+from jaxdiff.data.shapes import LENGTHS, LEVELS, coverage, draw
+from jaxdiff.data.sources import open_source
+
+
+def pairs(scene):
+    return [(thing.colour, thing.shape) for thing in scene.things]
+
+
+def test_every_colour_and_every_shape_is_trained_and_every_colour_held_out_once():
+    assert len(COMBINATIONS) == 40 and len(HELD_OUT) == 8
+    assert set(TRAINED) | set(HELD_OUT) == set(COMBINATIONS) and not set(TRAINED) & set(HELD_OUT)
+    for pool in (TRAINED, HELD_OUT):
+        assert {colour for colour, _ in pool} == set(COLOURS) and {shape for _, shape in pool} == set(SHAPES)
+
+
+def test_no_held_out_combination_is_ever_in_training():
+    seen = {split: set() for split in LENGTHS}
+    for split, combinations in seen.items():
+        source = open_source("shapes", split=split)
+        for i in range(0, len(source), len(source) // 1500):
+            scene = source.scene(i)
+            combinations.update(pairs(scene))
+            assert len({thing.colour for thing in scene.things}) == len(scene.things)
+    assert seen == {"train": set(TRAINED), "test": set(TRAINED), "held_out": set(HELD_OUT)}
+
+
+def test_an_example_is_a_function_of_its_split_and_number_alone():
+    source = open_source("shapes", require_text=True)
+    assert len(source) == 50_000 and source.describe() == (
+        "shapes (train): 50,000 RGB images of 64x64, no labels, captioned, from jaxdiff itself"
+    )
+    first, again = source[123], open_source("shapes")[123]
+    np.testing.assert_array_equal(first["image"], again["image"])
+    assert first["text"] == again["text"] and first["image"].shape == (64, 64, 3) and first["image"].dtype == np.uint8
+    pictures = {source[i]["image"].tobytes() for i in range(200)}
+    pictures |= {open_source("shapes", split="test")[i]["image"].tobytes() for i in range(200)}
+    assert len(pictures) == 400  # none twice, and the splits have pictures of their own
+    with pytest.raises(IndexError, match="no picture 50000 among the 50,000 of split 'train'"):
+        source[50_000]
+    with pytest.raises(ValueError, match="shapes has the splits train, test, held_out, and no 'val'"):
+        open_source("shapes", split="val")
+
+
+def test_facts_and_words_stay_what_they_are():
+    """A run trained yesterday saw the same scenes: the numbers behind example i may not change."""
+    source = open_source("shapes")
+    text = "\n".join(f"{source.scene(i)} {source[i]['text']}" for i in range(0, 50_000, 500))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "88e99d7383f54ca3"
+
+
+def test_a_caption_says_nothing_but_the_truth_and_is_understood():
+    source, said = open_source("shapes"), {"size": 0, "place": 0, "background": 0, "things": 0}
+    for i in range(2000):
+        truth, told = source.scene(i), parse_caption(source[i]["text"])
+        assert pairs(told) == pairs(truth)
+        for thing, known in zip(told.things, truth.things, strict=True):
+            assert thing.size in (None, known.size) and thing.place in (None, known.place)
+            said["size"] += thing.size is not None
+            said["place"] += thing.place is not None
+        assert told.background in (None, truth.background)
+        said["background"] += told.background is not None
+        said["things"] += len(truth.things)
+    assert 0.7 < said["size"] / said["things"] < 0.8 and 0.75 < said["place"] / said["things"] < 0.85
+    assert 0.25 < said["background"] / 2000 < 0.35 and 1.28 < said["things"] / 2000 < 1.39
+
+
+def test_words_for_known_scenes():
+    talkative = np.zeros(8)  # the first wording of everything, nothing left out
+    small = Thing("red", "circle", "small", "top left")
+    assert make_caption(Scene((small,)), talkative) == "a small red circle at the top left"
+    both = Scene((Thing("blue", "square", "large", "left"), Thing("green", "star", "small", "right")), "dark")
+    assert make_caption(both, talkative) == (
+        "a large blue square to the left of a small green star on a dark background"
+    )
+    assert make_caption(Scene((Thing("orange", "star"),)), talkative) == "an orange star"
+    assert parse_caption("A photo of an orange star in the middle") == Scene((Thing("orange", "star", None, "centre"),))
+    for caption, count in (("a smiling cat", 0), ("a red star, a blue star and a pink star", 3)):
+        with pytest.raises(ValueError, match=f"names {count} coloured shapes, not one or two"):
+            parse_caption(caption)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_things_lie_where_their_place_says(place):
+    scene = Scene((Thing("red", "circle", "large", place),), "dark")
+    y, x = np.nonzero(draw(scene)[..., 0] > 100)
+    assert np.rint((np.array([x.mean(), y.mean()]) - 31.5) / 16).tolist() == list(PLACES[place])
+
+
+def test_large_is_larger_than_small_and_both_lie_within_the_picture():
+    for shape in SHAPES:
+        areas = {}
+        for size in ("small", "large"):
+            for place in ("top left", "bottom right"):
+                for jitter in (-1, 1):
+                    image = draw(Scene((Thing("blue", shape, size, place),), "light"), 64, np.full((1, 2), jitter))
+                    edges = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+                    assert (edges == LEVELS["light"]).all()
+                    areas[size] = (image[..., 0] < 140).sum()
+        assert areas["large"] > 1.8 * areas["small"]
+
+
+def test_two_things_never_touch():
+    """However they are moved, there is background on all of a line between them."""
+    for places in RELATIONS:
+        for first in SHAPES:
+            for second in SHAPES:
+                one, two = Thing("red", first, "large", places[0]), Thing("blue", second, "large", places[1])
+                towards = np.array([PLACES[places[1]], PLACES[places[0]]], float)
+                drawn = (draw(Scene((one, two), "dark"), 64, towards) != LEVELS["dark"]).any(-1)
+                lines = drawn.any(0 if places[0] in ("left", "right") else 1)
+                assert np.flatnonzero(lines)[[0, -1]].tolist() != [0, 63]
+                inner = lines[lines.argmax() : 64 - lines[::-1].argmax()]
+                assert (~inner).sum() >= 2, (first, second, places)
+
+
+@pytest.mark.parametrize(
+    ("shape", "area"),
+    [
+        ("circle", np.pi),
+        ("square", 1.8**2),
+        ("triangle", 3 * np.sqrt(3) / 4 * 1.3**2),
+        ("star", 5 * 1.25 * 0.55 * np.sin(np.pi / 5)),
+        ("cross", 8 * 1.08 * 0.36 - 4 * 0.36**2),
+    ],
+)
+@pytest.mark.parametrize("centre", [(20.0, 20.0), (20.3, 19.6)])
+def test_antialiasing_keeps_the_area(shape, area, centre):
+    alpha = coverage(shape, *centre, 12.0, (40, 40))
+    assert alpha.min() >= 0 and alpha.max() == 1 and ((alpha > 0) & (alpha < 1)).any()
+    assert abs(alpha.sum() / 12**2 - area) < 0.01 * area
+    x, y = ((alpha * (axis + 0.5)).sum() / alpha.sum() for axis in (np.arange(40)[None], np.arange(40)[:, None]))
+    np.testing.assert_allclose((x, y), centre, atol=0.05)
+
+
+def test_prompts_name_each_combination_equally_often():
+    texts = prompts("held_out", 240, seed=3)
+    scenes = [parse_caption(text) for text in texts]
+    assert [len(scene.things) for scene in scenes] == [2] * 80 + [1] * 160
+    first = [pairs(scene)[0] for scene in scenes]
+    assert {pair: first.count(pair) for pair in HELD_OUT} == dict.fromkeys(HELD_OUT, 30)
+    assert {pair for scene in scenes for pair in pairs(scene)} == set(HELD_OUT)
+    assert texts == prompts("held_out", 240, seed=3) != prompts("held_out", 240, seed=4)
+    assert {pair for text in prompts("train", 200) for pair in pairs(parse_caption(text))} == set(TRAINED)
+    assert prompts("train", 0) == []
+
+
+def test_batches_have_pictures_and_their_captions():
+    source = open_source("shapes")
+    batch = Loader(source, 16, 0, image_size=32, channels=3)[5]
+    assert batch["image"].shape == (16, 32, 32, 3) and batch["label"].tolist() == [0] * 16
+    texts = {source[i]["text"]: i for i in set(Loader(source, 16, 0, image_size=32, channels=3)._order[80:96])}
+    assert sorted(batch["text"]) == sorted(texts)
+    for image, text in zip(batch["image"], batch["text"], strict=True):
+        blocks = source[texts[text]]["image"].reshape(32, 2, 32, 2, 3).mean((1, 3))
+        np.testing.assert_allclose(image, blocks, atol=0.51)
