@@ -1,5 +1,7 @@
 """What is minimised. Diffusion: the plain loss and its weightings, the variational bound, the hybrid of both.
 
+Autoencoders: the evidence lower bound, its importance-weighted kin, and the adversarial terms.
+
 L_simple: Ho et al. 2020 (https://arxiv.org/abs/2006.11239), eq. 14. Min-SNR: Hang et al. 2023
 (https://arxiv.org/abs/2303.09556). Hybrid: Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), eq. 16.
 The terms of the bound are in `jaxdiff.diffusion.likelihood`.
@@ -7,14 +9,18 @@ The terms of the bound are in `jaxdiff.diffusion.likelihood`.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import optax
+from jaxtyping import Array, Float, Key, PyTree
 
 from jaxdiff.diffusion.likelihood import (
     Variance,
+    discretized_gaussian_log_likelihood,
+    gaussian_kl,
     prior_term,
     variational_bound,
     variational_term,
@@ -166,3 +172,134 @@ def elbo(
 ) -> Float[Array, " b"]:
     """Negative evidence lower bound of each image in bits/dim, at least -log2 p(x0) / D; T network calls."""
     return variational_bound(denoise, schedule, x0, key, variance).total
+
+
+# Autoencoders -------------------------------------------------------------------------------------------------------
+#
+# The bound of Kingma & Welling 2014 (https://arxiv.org/abs/1312.6114) and its importance-weighted kin (Burda et al. 2016,
+# https://arxiv.org/abs/1509.00519); the adversarial terms of VQGAN (Esser et al. 2021, https://arxiv.org/abs/2012.09841) and
+# latent diffusion. Log-likelihoods are in nats, summed over an image; x is in [-1, 1].
+
+
+class DiagonalGaussian(Protocol):
+    """What an encoder says of the latents; `jaxdiff.models.gaussian.Gaussian` is one."""
+
+    @property
+    def mean(self) -> Float[Array, " b *s"]:
+        """Mean of each latent."""
+
+    @property
+    def log_variance(self) -> Float[Array, " b *s"]:
+        """Log variance of each latent."""
+
+
+def sum_over_dimensions(values: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """Sum over all but the first axis."""
+    return values.sum(tuple(range(1, values.ndim)))
+
+
+def normal_log_density(
+    x: Float[Array, " b *s"], mean: Float[Array, " b *s"], log_std: Float[Array, " *s"] | float
+) -> Float[Array, " b"]:
+    """Log-density N(x; mean, std^2): of latents, or a Gaussian decoder's log p(x | z), a density on the scale of [-1, 1].
+
+    log_std: one number, or one for every element.
+    """
+    squared = ((x - mean) * jnp.exp(-jnp.asarray(log_std))) ** 2
+    return sum_over_dimensions(-0.5 * (squared + math.log(2 * math.pi)) - log_std)
+
+
+def discretized_normal_log_likelihood(
+    x: Float[Array, " b *s"], mean: Float[Array, " b *s"], log_std: Float[Array, " *s"] | float
+) -> Float[Array, " b"]:
+    """The log p(x | z) of a decoder that gives mass to the 256 levels: what bits/dim are counted from."""
+    return sum_over_dimensions(discretized_gaussian_log_likelihood(x, mean, jnp.broadcast_to(log_std, x.shape)))
+
+
+def bernoulli_log_likelihood(x: Float[Array, " b *s"], logits: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """The log p(x | z) of pixels that are -1 or 1; logits are of 1.
+
+    Grey pixels count as (1 + x) / 2 parts of a 1, as is often done; that is no likelihood of them.
+    """
+    return sum_over_dimensions(0.5 * (1 + x) * logits - jax.nn.softplus(logits))
+
+
+def kl_with_free_bits(gaussian: DiagonalGaussian, free_bits: float = 0.0) -> Float[Array, " b"]:
+    """KL(q(z | x) || N(0, 1)) in nats, where no channel of the latents counts less than `free_bits`, also in nats.
+
+    Kingma et al. 2016 (https://arxiv.org/abs/1606.04934), eq. 15, a channel (last axis) being one group. Theirs floors a
+    minibatch's mean; here each example's, so that its loss depends on itself only.
+    """
+    zeros = jnp.zeros_like(gaussian.mean)
+    kl = gaussian_kl(gaussian.mean, gaussian.log_variance, zeros, zeros)
+    by_channel = kl.sum(tuple(range(1, kl.ndim - 1)))
+    return jnp.maximum(by_channel, free_bits).sum(-1)
+
+
+def autoencoder_elbo(
+    reconstruction: Float[Array, " b"], gaussian: DiagonalGaussian, beta: float = 1.0, free_bits: float = 0.0
+) -> Float[Array, " b"]:
+    """The bound log p(x | z) - beta KL(q(z | x) || p(z)) in nats: for beta >= 1 at most log p(x), on average over z.
+
+    Kingma & Welling 2014, eq. 10; beta: Higgins et al. 2017; free bits: see `kl_with_free_bits`. To be maximised.
+    """
+    return reconstruction - beta * kl_with_free_bits(gaussian, free_bits)
+
+
+def log_importance_weight(
+    reconstruction: Float[Array, " b"], gaussian: DiagonalGaussian, z: Float[Array, " b *s"]
+) -> Float[Array, " b"]:
+    """The log p(x | z) + log p(z) - log q(z | x) of a z drawn from q: a one-sample ELBO, what `iwae_bound` averages."""
+    prior = normal_log_density(z, jnp.zeros_like(z), 0.0)
+    return reconstruction + prior - normal_log_density(z, gaussian.mean, 0.5 * gaussian.log_variance)
+
+
+def iwae_bound(log_weights: Float[Array, "k b"]) -> Float[Array, " b"]:
+    """The bound log (1/k) sum_i w_i in nats: on average at most log p(x), and rising to it with k (Burda et al. 2016, eq. 8)."""
+    return jax.scipy.special.logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
+
+
+def nats_to_bits_per_dim(log_likelihood: Float[Array, " b"], dimensions: int) -> Float[Array, " b"]:
+    """-log2 p(x) / D from log p(x) in nats (or a bound of it); only a likelihood of levels compares with other models."""
+    return -log_likelihood / (dimensions * math.log(2))
+
+
+def absolute_error(predicted: Float[Array, " b *s"], target: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """Mean absolute error of each image (L1); `squared_error` is the L2."""
+    return jnp.abs(predicted - target).mean(tuple(range(1, target.ndim)))
+
+
+def hinge_discriminator_loss(real: Float[Array, " b *s"], fake: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """Mean of relu(1 - real) and relu(1 + fake): logits beyond the margin no longer count (Lim & Ye 2017)."""
+    return 0.5 * _mean_over_patches(jax.nn.relu(1 - real)) + 0.5 * _mean_over_patches(jax.nn.relu(1 + fake))
+
+
+def hinge_generator_loss(fake: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """Minus the mean logit; also what goes with Wasserstein's loss."""
+    return -_mean_over_patches(fake)
+
+
+def non_saturating_discriminator_loss(real: Float[Array, " b *s"], fake: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """Mean of -log D(real) and -log(1 - D(fake)), D = sigmoid(logit) (Goodfellow et al. 2014, eq. 1)."""
+    return 0.5 * _mean_over_patches(jax.nn.softplus(-real)) + 0.5 * _mean_over_patches(jax.nn.softplus(fake))
+
+
+def non_saturating_generator_loss(fake: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    """-log D(fake): its gradient is largest where the discriminator is surest (Goodfellow et al. 2014, section 3)."""
+    return _mean_over_patches(jax.nn.softplus(-fake))
+
+
+def adaptive_weight(
+    reconstruction_gradient: PyTree, adversarial_gradient: PyTree, most: float = 1e4
+) -> Float[Array, ""]:
+    """Weight at which the adversarial term pulls as hard as the reconstruction: |g_rec| / (|g_adv| + 1e-4), a constant.
+
+    Esser et al. 2021, eq. 7, both gradients at the decoder's last kernel. Times latent diffusion's factor (0.5 or 0.75),
+    and zero before the discriminator's start step.
+    """
+    ratio = optax.tree.norm(reconstruction_gradient) / (optax.tree.norm(adversarial_gradient) + 1e-4)
+    return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, most))
+
+
+def _mean_over_patches(values: Float[Array, " b *s"]) -> Float[Array, " b"]:
+    return values.mean(tuple(range(1, values.ndim)))

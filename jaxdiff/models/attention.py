@@ -36,6 +36,7 @@ class Attention(nn.Module):
 
     num_heads: int = 1
     use_bias: bool = True  # of query, key and value; the output projection always has one
+    causal: bool = False  # position i sees positions 0 .. i only
     out_init: Initializer = default_init
     implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
@@ -65,6 +66,7 @@ class Attention(nn.Module):
             heads("query", x),
             heads("key", source),
             heads("value", source),
+            is_causal=self.causal,
             implementation=choose_implementation(self.implementation, head_dim, self.dtype),
         )
         return nn.Dense(

@@ -28,6 +28,7 @@ class UNetBlock(nn.Module):
     attention: bool
     num_heads: int
     dropout: float
+    epsilon: float
     attention_implementation: AttentionImplementation
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -42,7 +43,8 @@ class UNetBlock(nn.Module):
     ) -> Float[Array, "b h w d"]:
         """With a context the attention is latent diffusion's transformer, without it DDPM's attention block."""
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = ResidualBlock(self.channels, self.dropout, name="residual", **dtypes)(x, embedding, train=train)
+        residual = ResidualBlock(self.channels, self.dropout, self.epsilon, name="residual", **dtypes)
+        x = residual(x, embedding, train=train)
         if not self.attention:
             return x
         heads: dict[str, Any] = {"num_heads": self.num_heads, "implementation": self.attention_implementation}
@@ -56,11 +58,14 @@ class UNet(nn.Module):
 
     attention_resolutions: heights of the feature maps that get attention (an image of 32 pixels with patch_size 1 has
         levels of 32, 16, 8 ... pixels; with patch_size 2 of 16, 8, 4 ...). The middle always has one.
+    attention_levels: the same by level (0: the largest feature map), whatever the image's size; instead of the resolutions.
     num_heads or head_dim: heads of every attention, or the channels of one head (then num_heads is ignored).
     num_classes: labels 0 .. num_classes - 1; the embedding table has one more row, the null label of classifier-free
         guidance (`num_classes` itself, and what label=None means).
     context_dim: channels of the text context; None for a model without text.
     patch_size: each p x p patch of pixels is one position with p * p as many channels inside the network.
+    norm_epsilon, frequency_shift, cosine_first: of the GroupNorms outside attention and of the time embedding. DDPM has
+        1e-6, 1, False; Stable Diffusion 1e-5, 0, True.
     dtype, param_dtype: of the computation and of the parameters. Statistics, softmax and time embedding are float32.
     remat: recompute each block in the backward pass instead of keeping its activations.
     """
@@ -70,12 +75,16 @@ class UNet(nn.Module):
     channel_multipliers: tuple[int, ...] = (1, 2, 2, 2)
     num_res_blocks: int = 2
     attention_resolutions: tuple[int, ...] = (16,)
+    attention_levels: tuple[int, ...] | None = None
     num_heads: int = 1
     head_dim: int | None = None
     dropout: float = 0.0
     num_classes: int = 0
     context_dim: int | None = None
     patch_size: int = 1
+    norm_epsilon: float = 1e-6
+    frequency_shift: float = 1.0
+    cosine_first: bool = False
     attention_implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -104,34 +113,41 @@ class UNet(nn.Module):
         skips = [h]
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
-                h = self._block(width, h, f"down_{level}_{i}")(h, embedding, context, train)
+                h = self._block(width, self._attends(level, h), f"down_{level}_{i}")(h, embedding, context, train)
                 skips.append(h)
             if level < last:
                 h = Downsample(name=f"down_{level}_downsample", **dtypes)(h)
                 skips.append(h)
 
-        h = self._block(widths[-1], h, "middle_0", attention=True)(h, embedding, context, train)
-        h = self._block(widths[-1], h, "middle_1", attention=False)(h, embedding, context, train)
+        h = self._block(widths[-1], True, "middle_0")(h, embedding, context, train)
+        h = self._block(widths[-1], False, "middle_1")(h, embedding, context, train)
 
         for level, width in reversed(list(enumerate(widths))):
             for i in range(self.num_res_blocks + 1):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
-                h = self._block(width, h, f"up_{level}_{i}")(h, embedding, context, train)
+                h = self._block(width, self._attends(level, h), f"up_{level}_{i}")(h, embedding, context, train)
             if level > 0:
                 h = Upsample(name=f"up_{level}_upsample", **dtypes)(h)
 
-        h = nn.swish(group_norm(h.shape[-1], 1e-6, name="norm_out", **dtypes)(h))
+        h = nn.swish(group_norm(h.shape[-1], self.norm_epsilon, name="norm_out", **dtypes)(h))
         h = conv3x3(self.out_channels * self.patch_size**2, name="conv_out", kernel_init=zero_init, **dtypes)(h)
         return depth_to_space(h, self.patch_size).astype(jnp.float32)
 
-    def _block(self, channels: int, x: Float[Array, "b h w c"], name: str, attention: bool | None = None) -> nn.Module:
-        """The block called `name`, for a feature map like x; attention=None lets the resolution decide."""
+    def _attends(self, level: int, x: Float[Array, "b h w c"]) -> bool:
+        """Whether the blocks of a level, where the feature map is like x, have attention."""
+        if self.attention_levels is not None:
+            return level in self.attention_levels
+        return x.shape[1] in self.attention_resolutions
+
+    def _block(self, channels: int, attention: bool, name: str) -> nn.Module:
+        """The block called `name`, rematerialised where that is wanted."""
         block = nn.remat(UNetBlock, static_argnums=(4,)) if self.remat else UNetBlock  # argument 4 is `train`
         return block(
             channels,
-            attention=x.shape[1] in self.attention_resolutions if attention is None else attention,
+            attention=attention,
             num_heads=self.num_heads if self.head_dim is None else channels // self.head_dim,
             dropout=self.dropout,
+            epsilon=self.norm_epsilon,
             attention_implementation=self.attention_implementation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -141,7 +157,15 @@ class UNet(nn.Module):
     def _embedding(self, time: Float[Array, " b"], label: Int[Array, " b"] | None) -> Float[Array, "b e"]:
         """What every residual block is told: the time, plus the label where the model has labels."""
         width = 4 * self.channels
-        embedding = TimeEmbedding(self.channels, width, param_dtype=self.param_dtype, name="time_embedding")(time)
+        embed = TimeEmbedding(
+            self.channels,
+            width,
+            self.frequency_shift,
+            self.cosine_first,
+            param_dtype=self.param_dtype,
+            name="time_embedding",
+        )
+        embedding = embed(time)
         if self.num_classes == 0:
             return embedding
         if label is None:

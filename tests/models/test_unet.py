@@ -54,6 +54,40 @@ def test_attention_sits_at_the_resolutions_asked_for_and_in_the_middle():
     }  # fmt: skip
 
 
+def test_attention_by_level_does_not_depend_on_the_image():
+    settings = TINY | {"attention_levels": (0,), "attention_resolutions": (4,)}
+    for size in (8, 16):
+        params = shapes_of(UNet(3, **settings), jnp.zeros((1, size, size, 3)), jnp.zeros(1))["params"]
+        assert {name for name, block in params.items() if "attention" in block} == {
+            "down_0_0", "middle_0", "up_0_0", "up_0_1",
+        }  # fmt: skip
+
+
+def test_stable_diffusion_1_has_exactly_859520964_parameters():
+    network = UNet(
+        4,
+        channels=320,
+        channel_multipliers=(1, 2, 4, 4),
+        attention_levels=(0, 1, 2),
+        num_heads=8,
+        context_dim=768,
+        norm_epsilon=1e-5,
+        frequency_shift=0.0,
+        cosine_first=True,
+    )
+    inputs = jnp.zeros((1, 8, 8, 4)), jnp.zeros(1), None, jnp.zeros((1, 77, 768))
+    assert count(shapes_of(network, *inputs)) == 859_520_964
+
+
+def test_epsilon_and_time_embedding_are_options():
+    """Each changes the result, as parity with another library's network hangs on it."""
+    variables = random_parameters(UNet(3, **ONE_LEVEL), X, TIME)
+    plain = jit(UNet(3, **ONE_LEVEL).apply)(variables, X, TIME)
+    for option in ({"norm_epsilon": 1.0}, {"frequency_shift": 0.0}, {"cosine_first": True}):
+        other = jit(UNet(3, **ONE_LEVEL, **option).apply)(variables, X, TIME)
+        assert float(jnp.abs(other - plain).max()) > 1e-3, option
+
+
 def test_heads_by_number_or_by_size_are_the_same_network():
     variables = random_parameters(UNet(3, **ONE_LEVEL), X, TIME, scale=1.0)
     four, two_wide, one = (

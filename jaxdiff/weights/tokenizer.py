@@ -1,0 +1,218 @@
+"""Text to token ids: CLIP's byte-level BPE (Radford et al. 2021), read from its files or trained on captions.
+
+One format for both, the one of a Stable Diffusion checkpoint's `tokenizer/` folder: vocab.json, merges.txt and
+tokenizer_config.json. So a tokenizer trained here opens in transformers as a CLIPTokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from jaxdiff.files import write_text
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+END_OF_WORD = "</w>"
+CONTEXT_LENGTH = 77
+# A word is a run of letters, one digit, an English ending, or a run of anything else but spaces; they go without spaces.
+WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+Merges = list[tuple[str, str]]
+
+
+class Tokenizer(NamedTuple):
+    """Lower-cases and splits prompts into pieces of words, known by number; `encode` gives what a text encoder takes."""
+
+    vocabulary: dict[str, int]
+    merges: Merges
+    context_length: int
+    pad_token: str
+    backend: tokenizers.Tokenizer
+
+    @classmethod
+    def create(
+        cls,
+        vocabulary: dict[str, int],
+        merges: Merges,
+        context_length: int = CONTEXT_LENGTH,
+        pad_token: str = END,
+    ) -> Tokenizer:
+        """Tokenizer of a vocabulary and its merges, the most frequent first."""
+        lacking = [token for token in (START, END, pad_token) if token not in vocabulary]
+        if lacking:
+            raise ValueError(f"tokenizer: the vocabulary has no {' nor '.join(lacking)}")
+        if context_length < 2:
+            raise ValueError(f"tokenizer: a context of {context_length} tokens has no room for start and end")
+        model = models.BPE(
+            vocab=vocabulary,
+            merges=merges,
+            continuing_subword_prefix="",
+            end_of_word_suffix=END_OF_WORD,
+            fuse_unk=False,
+            unk_token=END,
+        )
+        backend = tokenizers.Tokenizer(model)
+        backend.normalizer, backend.pre_tokenizer = _normalizer(), _pre_tokenizer()
+        backend.decoder = decoders.ByteLevel()
+        # As transformers does: these are found whole in a prompt, the padding too ("!" in Stable Diffusion 2).
+        backend.add_special_tokens([START, END, pad_token])
+        return cls(vocabulary, merges, context_length, pad_token, backend)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows that an embedding table needs."""
+        return max(self.vocabulary.values()) + 1
+
+    @property
+    def start_token(self) -> int:
+        """Id of the token that begins every prompt."""
+        return self.vocabulary[START]
+
+    @property
+    def end_token(self) -> int:
+        """Id of the token that ends every prompt."""
+        return self.vocabulary[END]
+
+    def encode(self, prompts: Sequence[str]) -> Int[np.ndarray, "b n"]:
+        """Ids of prompts, each [start, its tokens, end, padding] of the context length; int32.
+
+        A longer prompt is cut, with a warning that names what was lost.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("tokenizer: prompts must be a list of strings, not one string")
+        ids = np.full((len(prompts), self.context_length), self.vocabulary[self.pad_token], np.int32)
+        room = self.context_length - 2
+        for row, encoding in zip(ids, self.backend.encode_batch(list(prompts)), strict=True):
+            if len(encoding.ids) > room:
+                lost = self.decode_ids(encoding.ids[room:])
+                warnings.warn(
+                    f"a prompt of {len(encoding.ids)} tokens was cut to {room}; the model does not see {lost!r}",
+                    stacklevel=2,
+                )
+            tokens = [self.start_token, *encoding.ids[:room], self.end_token]
+            row[: len(tokens)] = tokens
+        return ids
+
+    def decode(self, ids: Int[np.ndarray, "b n"]) -> list[str]:
+        """Text up to each row's end token: lower case, one space after a word, punctuation apart."""
+        texts = []
+        for row in np.asarray(ids).tolist():
+            inner = row[1:] if row[:1] == [self.start_token] else row
+            texts.append(self.decode_ids(inner[: inner.index(self.end_token)] if self.end_token in inner else inner))
+        return texts
+
+    def decode_ids(self, ids: Sequence[int]) -> str:
+        """Text of tokens without start, end and padding."""
+        return self.backend.decode(list(ids)).replace(END_OF_WORD, " ").strip()
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the three files, which `load` and transformers.CLIPTokenizer read."""
+        folder = pathlib.Path(folder)
+        settings = {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": self.context_length,
+            "bos_token": START,
+            "eos_token": END,
+            "unk_token": END,
+            "pad_token": self.pad_token,
+        }
+        write_text(folder / FILES[0], json.dumps(self.vocabulary, ensure_ascii=False))
+        write_text(folder / FILES[1], "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]) + "\n")
+        write_text(folder / FILES[2], json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Read a folder of `save` or the `tokenizer/` folder of a checkpoint."""
+        folder = pathlib.Path(folder)
+        vocabulary, merges = _read_vocabulary(folder)
+        settings = _read_json(folder / FILES[2]) if (folder / FILES[2]).is_file() else {}
+        special = folder / "special_tokens_map.json"
+        pad = settings.get("pad_token") or (_read_json(special).get("pad_token") if special.is_file() else None) or END
+        # Older files keep a token as a dict of its properties; without a limit they say 10^30.
+        length = settings.get("model_max_length", CONTEXT_LENGTH)
+        return cls.create(
+            vocabulary,
+            merges,
+            CONTEXT_LENGTH if length > 10**9 else int(length),
+            pad["content"] if isinstance(pad, dict) else pad,
+        )
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary_size: int, context_length: int = CONTEXT_LENGTH) -> Tokenizer:
+    """BPE (Sennrich et al. 2016) on captions: the 256 bytes inside and at the end of a word, the merges, start and end.
+
+    It knows every text, whatever the captions were. Fewer captions than vocabulary_size asks for give fewer merges.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [letter + END_OF_WORD for letter in alphabet]
+    num_merges = vocabulary_size - 2 * len(alphabet) - 2
+    if num_merges < 0:
+        raise ValueError(f"tokenizer: vocabulary_size is {vocabulary_size}, but bytes, start and end alone are 514")
+    backend = tokenizers.Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD))
+    backend.normalizer, backend.pre_tokenizer = _normalizer(), _pre_tokenizer()
+    # The endings are entered beforehand: else the trainer numbers them in the order of a hash table, which is another
+    # in every process, and breaks ties between merges by these numbers.
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - 2,
+        show_progress=False,
+        initial_alphabet=alphabet,
+        special_tokens=endings,
+        end_of_word_suffix=END_OF_WORD,
+    )
+    backend.train_from_iterator(captions, trainer)
+    merges: Merges = [(a, b) for a, b in json.loads(backend.to_str())["model"]["merges"]][:num_merges]
+    tokens = dict.fromkeys([*alphabet, *endings, *(a + b for a, b in merges), START, END])
+    return Tokenizer.create({token: i for i, token in enumerate(tokens)}, merges, context_length)
+
+
+def _normalizer() -> normalizers.Normalizer:
+    return normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+
+
+def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    split = pre_tokenizers.Split(tokenizers.Regex(WORDS), behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def _read_vocabulary(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
+    """From vocab.json and merges.txt, or from the one tokenizer.json that transformers 5 writes."""
+    whole = folder / "tokenizer.json"
+    if not (folder / FILES[0]).is_file() and whole.is_file():
+        content = _read_json(whole)
+        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+        return content["model"]["vocab"] | added, _checked_merges(pairs, whole)
+    for name in FILES[:2]:
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} is no tokenizer: it has no {name}")
+    lines = (folder / FILES[1]).read_text(encoding="utf-8").split("\n")
+    pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
+    return _read_json(folder / FILES[0]), _checked_merges(pairs, folder / FILES[1])
+
+
+def _checked_merges(pairs: list[list[str]], path: pathlib.Path) -> Merges:
+    if any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{path}: every merge must be two pieces with a space between")
+    return [(a, b) for a, b in pairs]
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return content
