@@ -95,6 +95,7 @@ def main() -> None:
     with command_line.one_line_errors():
         metrics = command_line.check_evaluation_flags(args)
         command_line.set_up_compilation_cache()
+        command_line.one_cpu_device_a_core()
         place = pathlib.Path(args.workdir or args.images or args.out)
         name = "results.json" if args.workdir else f"{place.stem}_results.json"
         path = pathlib.Path(args.out or (place if args.workdir else place.parent)) / name

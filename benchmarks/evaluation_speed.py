@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from scipy.linalg import sqrtm
 
 from jaxdiff import Moments, frechet_distance
+from jaxdiff.command_line import one_cpu_device_a_core
 from jaxdiff.evaluation.collect import make_extract
 from jaxdiff.evaluation.extractors import Extractor
 from jaxdiff.models.inception import inception_features
@@ -33,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # for tests/
 def our_extract(tensors: Any) -> Callable[[np.ndarray], np.ndarray]:
     """uint8 images to features on the host, in evaluate.py's way."""
     params = params_from_torch(tensors, "random weights")
-    extractor = Extractor("random", "", "tf1-bilinear-299", "float32", 2048, params, inception_features)
-    extract = make_extract(extractor, Mesh(np.array(jax.devices("cpu")[:1]), ("data",)), batch_per_device=16)
+    extractor = Extractor("random", "", "tf1-bilinear-299", "float32", 2048, True, params, inception_features)
+    devices = jax.devices("cpu")
+    extract = make_extract(extractor, Mesh(np.array(devices), ("data",)), batch_per_device=16)
     return lambda images: np.concatenate([features.pool for features in extract([(images, len(images))])])
 
 
@@ -77,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="16 images, 2 rounds, 512 dimensions: does it work?")
     args = parser.parse_args()
+    one_cpu_device_a_core()
     warnings.simplefilter("ignore", DeprecationWarning)  # of SciPy, for an argument that pytorch-fid passes
     num, rounds, dimensions = (16, 2, 512) if args.quick else (args.images, args.rounds, 2048)
     try:

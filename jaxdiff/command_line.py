@@ -118,6 +118,17 @@ SAMPLING_HELP = {
 }
 
 
+def one_cpu_device_a_core() -> None:
+    """Let a CPU count as one device a core, unless the user has chosen: networks then look at as many images side by side.
+
+    That is quicker than many cores on one image (benchmarks/evaluation_speed.py). Must come before JAX's first computation.
+    """
+    chosen = jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not chosen:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cores)
+
+
 def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
     """A flag for each setting of sampling; one that isn't given leaves the run's own value."""
     for name, field in SAMPLING_FLAGS.items():
