@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 class DataConfig:
     """Where images come from and how they are cut."""
 
-    source: str = "tfds:cifar10"  # digits | mnist | tfds:<name> | folder | idx
+    source: str = "tfds:cifar10"  # digits | mnist | shapes | tfds:<name> | folder | idx
     dir: str = ""  # folder of the images, of the IDX files, or TFDS's data_dir ("" = TFDS's own default)
     split: str = "train"
     image_size: int = 32  # pixels; images are resized (shorter side) and cropped to a square
@@ -53,6 +53,20 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     attention_implementation: Literal["auto", "xla", "cudnn"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Captions as the condition: CLIP's architecture as text encoder, trained along with the U-Net."""
+
+    enabled: bool = False
+    tokenizer: str = ""  # folder with vocab.json and merges.txt, such as CLIP's; "" = trained on the data's captions
+    vocabulary_size: int = 2000  # of a tokenizer that is trained; the least is 514
+    context_length: int = 32  # tokens of a caption, start and end included
+    width: int = 128
+    num_layers: int = 2
+    num_heads: int = 4
+    dropout: float = 0.1  # fraction of captions replaced by the empty one, for classifier-free guidance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +162,7 @@ class Config:
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    text: TextConfig = TextConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -234,7 +249,7 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
 
 def check(config: Config) -> None:
     """Refuse what cannot work, whatever the data and the machine. Raises ConfigError."""
-    for rules in (_range_rules, _model_rules, _diffusion_rules, _sampling_rules, _evaluation_rules):
+    for rules in (_range_rules, _model_rules, _diffusion_rules, _sampling_rules, _text_rules, _evaluation_rules):
         for holds, message in rules(config):
             if not holds:
                 raise ConfigError(f"config.{message}")
@@ -272,16 +287,36 @@ _AT_LEAST_ONE = (
         for name in ("batch_size", "num_steps", "accumulation_steps", "log_every", "checkpoint_every")
     ),
     *("training.keep_checkpoints", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"),
-    "evaluation.batch_per_device",
+    *("evaluation.batch_per_device", "text.width", "text.num_layers", "text.num_heads"),
 )
 _NOT_NEGATIVE = (
     *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
     *("seed", "sampling.guidance", "evaluation.every"),
 )
 _FRACTIONS = (
-    *("diffusion.label_dropout", "sampling.eta"),
+    *("diffusion.label_dropout", "text.dropout", "sampling.eta"),
     *("sampling.guidance_start", "sampling.guidance_end", "sampling.guidance_rescale"),
 )
+
+
+def _text_rules(config: Config) -> Rules:
+    text = config.text
+    yield (
+        text.width % text.num_heads == 0,
+        f"text.num_heads = {text.num_heads} must divide config.text.width = {text.width}",
+    )
+    yield (
+        text.vocabulary_size >= 514,
+        f"text.vocabulary_size = {text.vocabulary_size} must be at least 514 (bytes, start, end)",
+    )
+    yield (
+        text.context_length >= 3,
+        f"text.context_length = {text.context_length} must be at least 3 (start, a word, end)",
+    )
+    yield (
+        not text.enabled or config.model.num_classes == 0,
+        f"text.enabled = True makes captions the condition: config.model.num_classes must be 0, not {config.model.num_classes}",
+    )
 
 
 def _evaluation_rules(config: Config) -> Rules:
@@ -289,6 +324,10 @@ def _evaluation_rules(config: Config) -> Rules:
     yield len(evaluation.metrics) > 0, f"evaluation.metrics must name some of {', '.join(TRAINING_METRICS)}"
     for name in evaluation.metrics:
         yield name in TRAINING_METRICS, f"evaluation.metrics: {name!r} must be one of {', '.join(TRAINING_METRICS)}"
+    yield (
+        "sfid" not in evaluation.metrics or evaluation.extractor == "inception",
+        f"evaluation.metrics: 'sfid' needs config.evaluation.extractor = 'inception', not {evaluation.extractor!r}",
+    )
     yield evaluation.num_images >= 10, f"evaluation.num_images = {evaluation.num_images} must be at least 10"
 
 

@@ -65,6 +65,10 @@ IMPOSSIBLE = [
     ({"sampling.steps": 101}, "must not exceed"),
     ({"sampling.guidance_start": 1.0}, "must be below guidance_end"),
     ({"seed": -1}, "must not be negative"),
+    ({"evaluation.metrics": ("fid", "bpd")}, "evaluation.metrics: 'bpd' must be one of fid, sfid, is, kid, pr"),
+    ({"evaluation.metrics": ()}, "evaluation.metrics must name some of"),
+    ({"evaluation.metrics": ("sfid",), "evaluation.extractor": "efficientnet-lite0"}, "'sfid' needs .* 'inception'"),
+    ({"evaluation.num_images": 3}, "evaluation.num_images = 3 must be at least 10"),
 ]
 
 
@@ -88,10 +92,14 @@ def test_choices_are_those_of_the_library():
     from jaxdiff.diffusion.predictions import PREDICTIONS
     from jaxdiff.diffusion.samplers import SAMPLERS, VARIANCES
     from jaxdiff.diffusion.timesteps import SPACINGS
+    from jaxdiff.evaluation.extractors import EXTRACTORS
+    from jaxdiff.evaluation.scores import METRICS
 
     def choices(section, name):
         return get_args(next(f.type for f in section.__dataclass_fields__.values() if f.name == name))
 
+    assert choices(config.EvaluationConfig, "extractor") == EXTRACTORS
+    assert config.TRAINING_METRICS == METRICS
     assert choices(config.SamplingConfig, "sampler") == tuple(SAMPLERS)
     assert choices(config.SamplingConfig, "variance") == VARIANCES
     assert choices(config.SamplingConfig, "spacing") == SPACINGS

@@ -1,4 +1,8 @@
-"""Diffusion on pixels (DDPM, Ho et al. 2020): network, noise schedule, loss and sampler from a config."""
+"""Diffusion on pixels (DDPM, Ho et al. 2020): network, noise schedule, loss and sampler from a config.
+
+The condition is a label, a caption or nothing. A caption becomes the context of the U-Net's cross-attention (Rombach et al. 2022,
+https://arxiv.org/abs/2112.10752, section 3.3) through a text encoder that is trained along; nothing else differs.
+"""
 
 import dataclasses
 import functools
@@ -20,11 +24,13 @@ from jaxdiff.diffusion.timesteps import make_timesteps
 from jaxdiff.generation.generate import Sample, from_uint8, make_generator
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss
+from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
 from jaxdiff.training.loop import Trainable
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState, create_state
 from jaxdiff.training.step import Update, make_update
+from jaxdiff.weights.tokenizer import Tokenizer
 
 
 def make_schedule(config: DiffusionConfig) -> scheduler.Schedule:
@@ -56,6 +62,7 @@ def make_model(config: Config) -> UNet:
         num_heads=model.num_heads,
         dropout=model.dropout,
         num_classes=max(model.num_classes, 0),
+        context_dim=config.text.width if config.text.enabled else None,
         patch_size=model.patch_size,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
@@ -64,11 +71,29 @@ def make_model(config: Config) -> UNet:
     )
 
 
+def make_text_encoder(config: Config, tokenizer: Tokenizer) -> CLIPTextEncoder:
+    """The text encoder that a config describes, for this tokenizer's vocabulary."""
+    text, model = config.text, config.model
+    return CLIPTextEncoder(
+        vocabulary_size=tokenizer.vocabulary_size,
+        context_length=tokenizer.context_length,
+        width=text.width,
+        num_layers=text.num_layers,
+        num_heads=text.num_heads,
+        dtype=jnp.dtype(model.dtype),
+        param_dtype=jnp.dtype(model.param_dtype),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class DiffusionTask:
-    """A diffusion model: pure functions of its parameters."""
+    """A diffusion model: pure functions of its parameters. With a `tokenizer` its condition is text.
+
+    A request (what an image is asked to show) is None, labels int32 [b], or {"tokens", "negative"}, both int32 [b n].
+    """
 
     config: Config
+    tokenizer: Tokenizer | None = None
 
     @functools.cached_property
     def model(self) -> UNet:
@@ -90,38 +115,71 @@ class DiffusionTask:
         """Classes the model can be asked for; 0 where it is unconditional. The null label is `num_classes` itself."""
         return self.config.model.num_classes
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the model can be asked for something."""
+        return bool(self.num_classes) or self.tokenizer is not None
+
+    @functools.cached_property
+    def text_encoder(self) -> CLIPTextEncoder:
+        """The network that reads captions."""
+        assert self.tokenizer is not None
+        return make_text_encoder(self.config, self.tokenizer)
+
     def init(self, key: Key[Array, ""]) -> Params:
-        """Random parameters."""
+        """Random parameters: of the U-Net alone, or {"unet", "text_encoder"}."""
+        x, time = jnp.zeros((1, *self.image_shape)), jnp.zeros((1,))
         label = jnp.zeros((1,), jnp.int32) if self.num_classes else None
-        return self.model.init(key, jnp.zeros((1, *self.image_shape)), jnp.zeros((1,)), label)["params"]
+        if self.tokenizer is None:
+            return self.model.init(key, x, time, label)["params"]
+        keys, tokens = jax.random.split(key), jnp.zeros((1, self.tokenizer.context_length), jnp.int32)
+        context = jnp.zeros((*tokens.shape, self.config.text.width))
+        return {
+            "unet": self.model.init(keys[0], x, time, context=context)["params"],
+            "text_encoder": self.text_encoder.init(keys[1], tokens)["params"],
+        }
+
+    def encode_text(self, params: Params, tokens: Int[Array, "b n"]) -> Float[Array, "b n k"]:
+        """The context that the U-Net attends to."""
+        return cast(Array, self.text_encoder.apply({"params": params["text_encoder"]}, tokens))
 
     def network(self, params: Params, train: bool = False, dropout_key: Key[Array, ""] | None = None) -> Any:
-        """The network with these parameters, as a function of (x, time, label)."""
+        """The U-Net with these parameters, as a function of (x, time, condition): labels, a text's context, or None."""
+        unet = params if self.tokenizer is None else params["unet"]
 
-        def apply(x: Array, time: Array, label: Int[Array, " b"] | None) -> Array:
+        def apply(x: Array, time: Array, condition: Any) -> Array:
             rngs = {"dropout": dropout_key} if dropout_key is not None else None
-            return cast(Array, self.model.apply({"params": params}, x, time, label, train=train, rngs=rngs))
+            inputs = {"context": condition} if self.tokenizer is not None else {"label": condition}
+            return cast(Array, self.model.apply({"params": unet}, x, time, **inputs, train=train, rngs=rngs))
 
         return apply
 
+    def training_condition(self, params: Params, batch: Batch, keys: Key[Array, " b"]) -> Any:
+        """The condition of each example, replaced by the null condition now and then (Ho & Salimans 2022, section 3.1)."""
+        if not self.conditional:
+            return None
+        rate = self.config.text.dropout if self.tokenizer is not None else self.config.diffusion.label_dropout
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
+        if self.tokenizer is None:
+            return jnp.where(dropped, self.num_classes, batch["label"])
+        empty = jnp.asarray(self.tokenizer.encode([""]))
+        return self.encode_text(params, jnp.where(dropped[:, None], empty, batch["tokens"]))
+
     def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
         """Mean loss over a batch; every example draws from a key of its own, so that sharding does not change the numbers."""
-        noise_key, label_key, dropout_key = jax.random.split(key, 3)
+        noise_key, condition_key, dropout_key = jax.random.split(key, 3)
         dropout_key = jax.random.fold_in(
             dropout_key, batch["index"][0]
         )  # under pmap each device holds a share of its own
         per_example = jax.vmap(jax.random.fold_in, (None, 0))
         x0 = from_uint8(batch["image"])
-        config, label = self.config.diffusion, None
-        if self.num_classes:
-            keys = per_example(label_key, batch["index"])
-            dropped = jax.vmap(lambda k: jax.random.bernoulli(k, config.label_dropout))(keys)
-            label = jnp.where(dropped, self.num_classes, batch["label"])
+        config = self.config.diffusion
+        condition = self.training_condition(params, batch, per_example(condition_key, batch["index"]))
         losses, metrics = diffusion_loss(
             self.network(params, train=True, dropout_key=dropout_key if self.config.model.dropout else None),
             self.schedule,
             x0,
-            label,
+            condition,
             per_example(noise_key, batch["index"]),
             prediction=config.prediction,
             loss=config.loss,
@@ -133,9 +191,16 @@ class DiffusionTask:
         return losses.mean(), {name: metrics[name].mean() for name in parts if name in metrics}
 
     def denoiser(self, params: Params) -> Denoiser:
-        """The denoiser with these parameters, as a function of (x_t, t, label)."""
+        """The denoiser with these parameters, as a function of (x_t, t, condition)."""
         diffusion = self.config.diffusion
         return make_denoiser(self.network(params), self.schedule, diffusion.prediction, diffusion.learned_variance)
+
+    def conditions(self, params: Params, request: Any, guided: bool) -> tuple[Any, Any]:
+        """What the network is told of a request, and what guidance leads away from (None without guidance)."""
+        if self.tokenizer is None:
+            return request, jnp.full_like(request, self.num_classes) if guided else None
+        context = self.encode_text(params, request["tokens"])
+        return context, self.encode_text(params, request["negative"]) if guided else None
 
     def make_sample(self, settings: SamplingConfig, guided: bool) -> Sample:
         """From keys to images in one program.
@@ -151,13 +216,13 @@ class DiffusionTask:
             1,
         )  # an interval compiles the network twice
 
-        def sample(params: Params, keys: Any, labels: Any, knobs: dict[str, Any]) -> Float[Array, "b h w c"]:
+        def sample(params: Params, keys: Any, request: Any, knobs: dict[str, Any]) -> Float[Array, "b h w c"]:
             denoise = self.denoiser(params)
+            condition, null = self.conditions(params, request, guided)
             if guided:
-                null = jnp.full_like(labels, self.num_classes)
                 denoise = classifier_free_guidance(
                     denoise,
-                    labels,
+                    condition,
                     null,
                     knobs["guidance"],
                     interval=None if everywhere else knobs["interval"],
@@ -166,7 +231,7 @@ class DiffusionTask:
                     prediction=self.config.diffusion.prediction,
                 )
             else:
-                denoise = bind_condition(denoise, labels)
+                denoise = bind_condition(denoise, condition)
             if settings.clip == "clip":
                 denoise = clip_x0(denoise, self.schedule)
             elif settings.clip == "dynamic":
@@ -191,8 +256,12 @@ class DiffusionTask:
             "eta": np.float32(settings.eta),
         }
 
-    def trainable(self, mesh: Mesh) -> Trainable:
-        """The task as the training loop wants it."""
+    def is_guided(self, settings: SamplingConfig) -> bool:
+        """Whether classifier-free guidance acts."""
+        return self.conditional and settings.guidance != 1
+
+    def trainable(self, mesh: Mesh, preview: Any = None) -> Trainable:
+        """The task as the training loop wants it. `preview`: what the pictures are asked to show (see `_pictures`)."""
         config = self.config
         optimizer = make_optimizer(config.optimizer, config.training.num_steps)
         rate: optax.Schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
@@ -204,19 +273,22 @@ class DiffusionTask:
         return Trainable(
             init=lambda key: create_state(self.init(key), optimizer),
             make_update=update,
-            pictures=self._pictures(mesh),
+            pictures=self._pictures(mesh, preview),
         )
 
-    def _pictures(self, mesh: Mesh) -> Any:
-        """A grid of samples from the moving average of the parameters: the same seeds (and labels, by column) every time."""
+    def _pictures(self, mesh: Mesh, preview: Any) -> Any:
+        """A grid of samples from the moving average of the parameters: the same seeds every time, and the same requests.
+
+        Without a `preview` (a request for each image) labels go by column.
+        """
         settings = self.config.sampling
-        guided = bool(self.num_classes) and settings.guidance != 1
-        generate = make_generator(self.make_sample(settings, guided), mesh, settings.batch_per_device)
+        generate = make_generator(self.make_sample(settings, self.is_guided(settings)), mesh, settings.batch_per_device)
         seeds = np.arange(settings.num_images)
-        labels = seeds.astype(np.int32) % self.num_classes if self.num_classes else None
+        if preview is None and self.num_classes:
+            preview = seeds.astype(np.int32) % self.num_classes
 
         def pictures(state: TrainState) -> dict[str, UInt8[np.ndarray, "h w c"]]:
-            images = np.concatenate(list(generate(state.ema_params, seeds, labels, self.make_knobs(settings))))
+            images = np.concatenate(list(generate(state.ema_params, seeds, preview, self.make_knobs(settings))))
             return {"samples": image_grid(images, columns=self.num_classes if 0 < self.num_classes <= 16 else None)}
 
         return pictures

@@ -15,6 +15,7 @@ from jaxtyping import UInt8
 from jaxdiff.config import ConfigError, SamplingConfig
 from jaxdiff.data.sources import open_source
 from jaxdiff.evaluation.collect import provenance_of
+from jaxdiff.evaluation.extractors import Extractor
 from jaxdiff.evaluation.images import ImageSet, open_images
 from jaxdiff.evaluation.scores import (
     METRICS,
@@ -138,11 +139,18 @@ class Reference:
         return scorer.of_images(images, spatial=spatial)[0]
 
 
+def check_extractor(metrics: Sequence[str], extractor: Extractor) -> None:
+    """Raise ValueError for a score that this extractor cannot give."""
+    if "sfid" in metrics and not extractor.has_spatial:
+        raise ValueError(f"sfid needs features of an inner layer, which {extractor.name} does not give: use inception")
+
+
 def evaluate_images(
     metrics: Sequence[str], images: ImageSet, reference: Reference | None, scorer: Scorer, options: Options
 ) -> Results:
     """Scores of any images. Raises ValueError or FileNotFoundError with one line."""
     check_metrics(list(metrics), METRICS)
+    check_extractor(metrics, scorer.extractor)
     spatial = "sfid" in metrics
     statistics = None
     if reference is not None and _needs_reference(metrics, options):
@@ -165,6 +173,7 @@ def evaluate_samples(
 ) -> Results:
     """Scores of a run's samples. Statistics of the run's own data are kept in the workdir. Raises ValueError with one line."""
     check_metrics(list(metrics), METRICS)
+    check_extractor(metrics, scorer.extractor)
     sampling = sampling or run.task.config.sampling
     spatial, statistics = "sfid" in metrics, None
     if _needs_reference(metrics, options):
@@ -183,7 +192,7 @@ def evaluate_samples(
 
 
 def _check(metrics: Sequence[str], reference: Statistics | None, data: str, scorer: Scorer, options: Options) -> None:
-    """Refuse a reference that will not do before anything is extracted."""
+    """Refuse what cannot be scored before anything is extracted."""
     provenance = provenance_of(scorer.extractor, data)
     check_reference(list(metrics), provenance, scorer.extractor.dimension, reference, options)
 
@@ -235,16 +244,10 @@ def evaluate_likelihood(
         used = data.split
         source = open_source(data.source, dir or data.dir or None, used, max_bad_fraction=data.max_bad_fraction)
     images = ImageSet.of(source, used, data.image_size, data.channels, seed=seed)
-    pixels, labels = images_for_likelihood(images, num)
+    pixels, requests = images_for_likelihood(run, images, num)
     batch = config.sampling.batch_per_device
-    scores = bits_per_dim(
-        run, pixels, labels if run.task.num_classes else None, local_mesh(config), batch, seed, ode_steps
-    )
-    notes = (
-        [f"there is no test split: these are images of {used!r}, which the model has seen"]
-        if used == data.split
-        else []
-    )
+    scores = bits_per_dim(run, pixels, requests, local_mesh(config), batch, seed, ode_steps)
+    notes = [f"these are images of the split {used!r}, which the model has seen"] if used == data.split else []
     provenance = Provenance(num_images=len(pixels), data=images.description, seed=seed)
     return Results(scores, provenance, warnings=notes)
 

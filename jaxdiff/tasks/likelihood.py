@@ -10,39 +10,40 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 from jaxdiff.diffusion.guidance import bind_condition
 from jaxdiff.diffusion.likelihood import dequantize, ode_log_likelihood, variational_bound
 from jaxdiff.diffusion.scheduler import DiscreteSchedule
+from jaxdiff.evaluation.images import ImageSet
 from jaxdiff.evaluation.scores import Score
 from jaxdiff.generation.generate import from_uint8
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.run import Run
 
-PerImage = Callable[[Any, UInt8[Array, "b h w c"], Int[Array, " b"] | None, Key[Array, " b"]], Float[Array, " b"]]
+PerImage = Callable[[Any, UInt8[Array, "b h w c"], Any, Key[Array, " b"]], Float[Array, " b"]]
 
 
 def make_bits_per_dim(task: DiffusionTask, ode_steps: int = 128) -> dict[str, PerImage]:
-    """Functions (params, images, labels, keys) -> bits/dim of each image: "bpd_bound", where it is defined, and "bpd_ode".
+    """Functions (params, images, requests, keys) -> bits/dim of each image: "bpd_bound", where it is defined, and "bpd_ode".
 
     The bound takes as many network calls as there are noise levels, the ODE four times `ode_steps`, with their derivatives.
-    Class-conditional models are asked for p(x | label).
+    Conditional models are asked for p(x | label or caption).
     """
 
-    def denoiser(params: Any, labels: Int[Array, " b"] | None) -> Any:
-        return bind_condition(task.denoiser(params), labels)
+    def denoiser(params: Any, requests: Any) -> Any:
+        return bind_condition(task.denoiser(params), task.conditions(params, requests, guided=False)[0])
 
-    def bound(params: Any, images: UInt8[Array, "b h w c"], labels: Any, keys: Any) -> Float[Array, " b"]:
+    def bound(params: Any, images: UInt8[Array, "b h w c"], requests: Any, keys: Any) -> Float[Array, " b"]:
         variance = "learned" if task.config.diffusion.learned_variance else task.config.sampling.variance
         assert isinstance(task.schedule, DiscreteSchedule)
-        return variational_bound(denoiser(params, labels), task.schedule, from_uint8(images), keys, variance).total
+        return variational_bound(denoiser(params, requests), task.schedule, from_uint8(images), keys, variance).total
 
-    def ode(params: Any, images: UInt8[Array, "b h w c"], labels: Any, keys: Any) -> Float[Array, " b"]:
+    def ode(params: Any, images: UInt8[Array, "b h w c"], requests: Any, keys: Any) -> Float[Array, " b"]:
         spread, probes = jax.vmap(lambda key: jax.random.split(key))(keys).T
         x0 = dequantize(from_uint8(images), spread)
-        return ode_log_likelihood(denoiser(params, labels), task.schedule, x0, probes, ode_steps).bits_per_dim
+        return ode_log_likelihood(denoiser(params, requests), task.schedule, x0, probes, ode_steps).bits_per_dim
 
     return ({"bpd_bound": bound} if isinstance(task.schedule, DiscreteSchedule) else {}) | {"bpd_ode": ode}
 
@@ -50,7 +51,7 @@ def make_bits_per_dim(task: DiffusionTask, ode_steps: int = 128) -> dict[str, Pe
 def bits_per_dim(
     run: Run,
     images: UInt8[np.ndarray, "n h w c"],
-    labels: Int[np.ndarray, " n"] | None,
+    requests: Any,
     mesh: Mesh,
     batch_per_device: int = 16,
     seed: int = 0,
@@ -63,16 +64,16 @@ def bits_per_dim(
     batch, scores = mesh.size * batch_per_device, []
     for name, function in functions.items():
 
-        def program(params: Any, images: Any, labels: Any, index: Any, function: PerImage = function) -> Any:
+        def program(params: Any, images: Any, requests: Any, index: Any, function: PerImage = function) -> Any:
             keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), index)
-            return function(params, images, labels, keys)
+            return function(params, images, requests, keys)
 
         compiled = jax.jit(program, in_shardings=(copied, split, split, split), out_shardings=split)
         values = []
         with progress_bar(0, len(images), name, unit="image") as bar:
             for start in range(0, len(images), batch):
                 rows = np.minimum(np.arange(start, start + batch), len(images) - 1)  # the last batch is padded
-                parts = jax.device_put((images[rows], None if labels is None else labels[rows], rows), split)
+                parts = jax.device_put((images[rows], jax.tree.map(lambda a, r=rows: a[r], requests), rows), split)
                 count = min(batch, len(images) - start)
                 values.append(np.asarray(compiled(params, *parts))[:count])
                 bar.update(count)
@@ -92,8 +93,12 @@ def _note(run: Run, name: str, ode_steps: int) -> str:
     return f"variational bound, {config.diffusion.num_timesteps} levels, variance {variance}"
 
 
-def images_for_likelihood(images: Any, num: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The first `num` images of a set (in its shuffled order) and their labels."""
+def images_for_likelihood(run: Run, images: ImageSet, num: int | None) -> tuple[np.ndarray, Any]:
+    """The first `num` images of a set (in its shuffled order) and what the model is told of them."""
     chosen = dataclasses.replace(images, indices=images.indices[:num])
     pixels = np.concatenate([part for part, _ in chosen.batches(256)])
-    return pixels, np.array([chosen.source[int(i)]["label"] for i in chosen.indices], np.int32)
+    examples = [chosen.source[int(i)] for i in chosen.indices]
+    if run.task.tokenizer is not None:
+        return pixels, run.text([example["text"] for example in examples])
+    labels = np.array([example["label"] for example in examples], np.int32)
+    return pixels, labels if run.task.num_classes else None

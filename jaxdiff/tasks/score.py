@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -41,20 +41,19 @@ class Scorer:
         """Statistics of images on the host (each process takes its share), and some of the images to look at."""
         share = images.share(jax.process_index(), jax.process_count())
         batches = share.batches(self.mesh.size * self.batch_per_device)
-        provenance = provenance_of(self.extractor, images.description)
+        provenance = provenance_of(self.extractor, images.description, images.seed)
         return self._collect(batches, len(images), provenance, keep, spatial, "features")
 
     def of_run(
         self, run: Run, num: int, seed: int, settings: SamplingConfig, keep: int | None = None, spatial: bool = False
     ) -> tuple[Statistics, Any]:
-        """Statistics of samples with the seeds seed, seed + 1, ..., the classes in turn; they never leave the devices."""
+        """Statistics of samples with the seeds seed, seed + 1, ..., classes or captions in turn; they never leave the devices."""
         sample = sampler_for_scores(run.task, settings, self.mesh)
         data = f"{num:,} samples of step {run.step:,}"
         provenance = provenance_of(self.extractor, data, seed)
         seeds = np.arange(seed, seed + num)[jax.process_index() :: jax.process_count()]
-        labels = run.labels([], seed + num)
-        labels = None if labels is None else labels[seeds]
-        return self._collect(sample(run.params, seeds, labels), num, provenance, keep, spatial, "sampling")
+        requests = jax.tree.map(lambda a: a[jax.process_index() :: jax.process_count()], run.requests(num, seed))
+        return self._collect(sample(run.params, seeds, requests), num, provenance, keep, spatial, "sampling")
 
     def _collect(
         self, batches: Iterable[Batch], total: int, provenance: Provenance, keep: int | None, spatial: bool, name: str
@@ -77,10 +76,10 @@ class Scorer:
 
 
 def sampler_for_scores(task: DiffusionTask, settings: SamplingConfig, mesh: Mesh) -> Callable[..., Iterator[Batch]]:
-    """A function (params, seeds, labels) -> batches of samples that stay on the devices."""
-    guided = bool(task.num_classes) and settings.guidance != 1
-    generate = make_device_generator(task.make_sample(settings, guided), mesh, settings.batch_per_device)
-    return lambda params, seeds, labels: generate(params, seeds, labels, task.make_knobs(settings))
+    """A function (params, seeds, requests) -> batches of samples that stay on the devices."""
+    sample = task.make_sample(settings, task.is_guided(settings))
+    generate = make_device_generator(sample, mesh, settings.batch_per_device)
+    return lambda params, seeds, requests: generate(params, seeds, requests, task.make_knobs(settings))
 
 
 def local_mesh(config: Config) -> Mesh:
@@ -110,7 +109,12 @@ def cached_statistics(path: pathlib.Path, images: ImageSet, scorer: Scorer, spat
 
 
 def make_training_scores(
-    task: DiffusionTask, source: Source, config: EvaluationConfig, mesh: Mesh, workdir: pathlib.Path
+    task: DiffusionTask,
+    source: Source,
+    captions: Sequence[str],
+    config: EvaluationConfig,
+    mesh: Mesh,
+    workdir: pathlib.Path,
 ) -> Callable[[Any], dict[str, float]]:
     """A function from a training state to its scores; the training data's statistics are worked out once and kept."""
     try:
@@ -124,7 +128,7 @@ def make_training_scores(
         reference = cached_statistics(path, training_images(task.config, source), scorer, spatial)
 
     def scores(state: Any) -> dict[str, float]:
-        run = Run(task, state.ema_params, int(state.step), ())
+        run = Run(task, state.ema_params, int(state.step), (), tuple(captions))
         keep = None if {"kid", "pr"} & set(metrics) else 0
         generated, _ = scorer.of_run(run, config.num_images, 0, task.config.sampling, keep, spatial)
         found = score(metrics, generated, reference)

@@ -14,6 +14,7 @@ from jaxdiff.config import CHANGEABLE, Config, ConfigError, check, flatten, to_j
 from jaxdiff.data.loader import Loader
 from jaxdiff.data.sources import Source, open_source
 from jaxdiff.files import write_text
+from jaxdiff.tasks import captions
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.run import read_config
 from jaxdiff.tasks.score import make_training_scores
@@ -58,6 +59,7 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
             data.dir or None,
             data.split,
             require_labels=config.model.num_classes != 0,
+            require_text=config.text.enabled,
             max_bad_fraction=data.max_bad_fraction,
         )
         loader = Loader(
@@ -83,12 +85,15 @@ def describe(task: DiffusionTask, source: Source, mesh: Mesh, workdir: pathlib.P
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
     kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
-    classes = f", {task.num_classes} classes" if task.num_classes else ""
+    networks, condition = "U-Net", f", {task.num_classes} classes" if task.num_classes else ""
+    if task.tokenizer is not None:
+        networks = "U-Net and text encoder"
+        condition = f", captions of up to {task.tokenizer.context_length} of {task.tokenizer.vocabulary_size:,} tokens"
     size = "x".join(map(str, task.image_shape))
     diffusion = config.diffusion
     lines = {
         "data": source.describe(),
-        "model": f"U-Net, {parameters:,} parameters, {size} images{classes}, computing in {config.model.dtype}",
+        "model": f"{networks}, {parameters:,} parameters, {size} images{condition}, computing in {config.model.dtype}",
         "diffusion": f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {diffusion.loss} loss",
         "training": f"{config.training.num_steps:,} steps of {config.training.batch_size} images, seed {config.seed}",
         "devices": f"{mesh.size} x {kinds} ({config.sharding.mode}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})",
@@ -110,8 +115,9 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     config = resolve_classes(config, source)
     check(config)
     check_continuation(config, workdir)
-    task = DiffusionTask(config)
     first = jax.process_index() == 0
+    tokenizer, kept = captions.prepare(config, source, workdir, first) if config.text.enabled else (None, [])
+    task = DiffusionTask(config, tokenizer)
     if first:
         print(describe(task, source, mesh, workdir), flush=True)
         write_text(workdir / "config.json", to_json(config))
@@ -121,15 +127,22 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
         iterator = loader.iterate(start)
         try:
             for batch in iterator:
-                yield {name: batch[name] for name in ("image", "label", "index")}
+                told = {"label": batch["label"]}
+                if tokenizer is not None:
+                    told = {"tokens": captions.tokens_of(tokenizer, batch["text"])[0]}
+                yield {"image": batch["image"], "index": batch["index"], **told}
         except ValueError as error:
             raise ConfigError(f"config.data: {error}") from error
         finally:
             iterator.close()
 
-    trainable = task.trainable(mesh)
+    preview = None
+    if tokenizer is not None:
+        count = config.sampling.num_images
+        preview = captions.request(tokenizer, [kept[i % len(kept)] for i in range(count)])
+    trainable = task.trainable(mesh, preview)
     if config.evaluation.every:
-        scores = make_training_scores(task, source, config.evaluation, mesh, workdir)
+        scores = make_training_scores(task, source, kept, config.evaluation, mesh, workdir)
         trainable = dataclasses.replace(trainable, scores=scores, score_every=config.evaluation.every)
     outcome = loop.train(trainable, batches, config.training, mesh, config.sharding.mode, config.seed, workdir)
     bad = getattr(source, "bad", {})

@@ -133,7 +133,7 @@ def test_bits_per_dim(run, tmp_path):
     found = evaluate_likelihood(run, num=6, ode_steps=2)
     assert [s.name for s in found.scores] == ["bpd_bound", "bpd_ode"]
     assert all(np.isfinite(s.value) and s.error > 0 for s in found.scores)
-    assert "there is no test split" in found.warnings[0]
+    assert "images of the split 'train', which the model has seen" in found.warnings[0]
     assert "100 levels, variance fixed_small" in found.scores[0].note
     again = evaluate_likelihood(run, num=6, ode_steps=2)
     assert [s.value for s in again.scores] == [s.value for s in found.scores]

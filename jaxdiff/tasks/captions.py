@@ -1,0 +1,88 @@
+"""Captions of a run's data: the tokenizer that reads them, and some of them kept to ask the model for."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from jaxdiff.config import Config, ConfigError, TextConfig
+from jaxdiff.data.sources import Source
+from jaxdiff.files import write_text
+from jaxdiff.weights.tokenizer import Tokenizer, train_tokenizer
+
+MAX_READ = 10_000  # captions that a tokenizer is trained on
+MAX_KEPT = 1000  # captions kept in the workdir
+KEPT = "captions.json"
+
+
+def some_captions(source: Source, num: int) -> list[str]:
+    """Captions of examples spread evenly over the source."""
+    indices = np.unique(np.linspace(0, len(source) - 1, num).astype(int))
+    return [source[int(i)]["text"] for i in indices]
+
+
+def make_tokenizer(config: TextConfig, captions: Sequence[str]) -> Tokenizer:
+    """The tokenizer that the config names, or one trained on captions. Raises ConfigError."""
+    try:
+        if config.tokenizer:
+            tokenizer = Tokenizer.load(pathlib.Path(config.tokenizer).expanduser())
+            return Tokenizer.create(tokenizer.vocabulary, tokenizer.merges, config.context_length, tokenizer.pad_token)
+        return train_tokenizer(captions, config.vocabulary_size, config.context_length)
+    except ValueError as error:
+        raise ConfigError(f"config.text: {error}") from error
+
+
+def prepare(config: Config, source: Source, workdir: pathlib.Path, write: bool) -> tuple[Tokenizer, list[str]]:
+    """The run's tokenizer and captions: those in its workdir, else new ones, which are written there (if `write`)."""
+    if (workdir / KEPT).is_file():
+        return read(workdir)
+    captions = some_captions(source, MAX_KEPT if config.text.tokenizer else MAX_READ)
+    tokenizer = make_tokenizer(config.text, captions)
+    kept = [captions[int(i)] for i in np.random.default_rng(config.seed).permutation(len(captions))[:MAX_KEPT]]
+    cut = tokens_of(tokenizer, captions)[1]
+    if cut and write:
+        print(
+            f"note: {len(cut)} of {len(captions)} captions are longer than config.text.context_length: {cut[0]}",
+            file=sys.stderr,
+        )
+    if write:
+        tokenizer.save(workdir / "tokenizer")
+        write_text(workdir / KEPT, json.dumps(kept, ensure_ascii=False, indent=0) + "\n")
+    return tokenizer, kept
+
+
+def read(workdir: pathlib.Path) -> tuple[Tokenizer, list[str]]:
+    """Tokenizer and captions of a run. Raises ConfigError naming the file that is missing or damaged."""
+    try:
+        captions = json.loads((workdir / KEPT).read_text())
+        if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions) or not captions:
+            raise ValueError("it must hold a list of captions")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{workdir / KEPT}: {error}") from error
+    try:
+        return Tokenizer.load(workdir / "tokenizer"), captions
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{workdir / 'tokenizer'}: {error}") from error
+
+
+def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], list[str]]:
+    """Tokens of texts, and what the tokenizer has to say of those that it cut."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tokens = tokenizer.encode(list(texts))
+    return tokens, [str(warning.message) for warning in caught]
+
+
+def request(tokenizer: Tokenizer, prompts: Sequence[str], negative: str = "") -> dict[str, np.ndarray]:
+    """What a text model is asked for: tokens of the prompts and, for each, of what to lead away from."""
+    tokens, cut = tokens_of(tokenizer, prompts)
+    away, cut_away = tokens_of(tokenizer, [negative])
+    for note in (cut + cut_away)[:1]:
+        print(f"note: {note}", file=sys.stderr)
+    return {"tokens": tokens, "negative": np.repeat(away, len(prompts), axis=0)}
