@@ -72,8 +72,8 @@ def main() -> None:
         settings = sampling_settings(args, run.task.config, num)
         request, labels = what_is_asked(args, run, num)
         seeds = np.arange(args.seed, args.seed + num, dtype=np.uint32)
-        print(f"{args.workdir}, step {run.step}: {num} images, {settings.sampler}, {settings.steps} steps, "
-              f"guidance {settings.guidance:g}", flush=True)  # fmt: skip
+        how = run.task.describe_sampling(settings)
+        print(f"{args.workdir}, step {run.step}: {num} images, {how}", flush=True)
         images = run.make(seeds, request, settings)
         if args.npz:
             arrays = {"images": images, "seeds": seeds} | ({} if labels is None else {"labels": labels})

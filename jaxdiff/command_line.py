@@ -123,7 +123,9 @@ def one_cpu_device_a_core() -> None:
 
     That is quicker than many cores on one image (benchmarks/evaluation_speed.py). Must come before JAX's first computation.
     """
-    chosen = jax.config.jax_num_cpu_devices != -1 or "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    chosen = jax.config.values["jax_num_cpu_devices"] != -1 or "host_platform_device_count" in os.environ.get(
+        "XLA_FLAGS", ""
+    )
     if not chosen:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jax.config.update("jax_num_cpu_devices", cores)
@@ -139,6 +141,9 @@ def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
 def sampling_settings(args: argparse.Namespace, config: Config, num: int) -> SamplingConfig:
     """The run's sampling settings with the flags' changes, for `num` images from --seed on. Raises ConfigError."""
     changes = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    for name in changes:
+        if config.task != "diffusion" and name != "batch_per_device":
+            raise ConfigError(f"--{name} belongs to diffusion models, and this run is of task {config.task!r}")
     for name, value in changes.items():
         choices = getattr(SAMPLING_FLAGS[name].type, "__args__", None)
         if choices and value not in choices:

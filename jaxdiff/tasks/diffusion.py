@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from jaxdiff.config import Config, DiffusionConfig, SamplingConfig
 from jaxdiff.diffusion import scheduler
 from jaxdiff.diffusion.guidance import bind_condition, classifier_free_guidance, clip_x0, dynamic_threshold
+from jaxdiff.diffusion.likelihood import dequantize, ode_log_likelihood, variational_bound
 from jaxdiff.diffusion.predictions import Denoiser, make_denoiser
 from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
 from jaxdiff.diffusion.timesteps import make_timesteps
@@ -114,6 +115,24 @@ class DiffusionTask:
     def num_classes(self) -> int:
         """Classes the model can be asked for; 0 where it is unconditional. The null label is `num_classes` itself."""
         return self.config.model.num_classes
+
+    def describe(self) -> dict[str, str]:
+        """What is trained, in words."""
+        networks, condition = "U-Net", f", {self.num_classes} classes" if self.num_classes else ""
+        if self.tokenizer is not None:
+            networks = "U-Net and text encoder"
+            condition = (
+                f", captions of up to {self.tokenizer.context_length} of {self.tokenizer.vocabulary_size:,} tokens"
+            )
+        size, diffusion = "x".join(map(str, self.image_shape)), self.config.diffusion
+        return {
+            "model": f"{networks}, {size} images{condition}, computing in {self.config.model.dtype}",
+            "diffusion": f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {diffusion.loss} loss",
+        }
+
+    def describe_sampling(self, settings: SamplingConfig) -> str:
+        """How samples are made, in words."""
+        return f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
 
     @property
     def conditional(self) -> bool:
@@ -255,6 +274,31 @@ class DiffusionTask:
             "interval": (np.float32(low), np.float32(high)),
             "eta": np.float32(settings.eta),
         }
+
+    def likelihoods(self, ode_steps: int) -> dict[str, Any]:
+        """Functions (params, images, requests, keys) -> {name: bits/dim of each image}, by a note on what they do.
+
+        The bound, where it is defined, takes as many network calls as there are noise levels, the ODE four times `ode_steps`,
+        with their derivatives. Conditional models are asked for p(x | label or caption).
+        """
+        variance = "learned" if self.config.diffusion.learned_variance else self.config.sampling.variance
+
+        def denoiser(params: Params, requests: Any) -> Denoiser:
+            return bind_condition(self.denoiser(params), self.conditions(params, requests, guided=False)[0])
+
+        def bound(params: Params, images: UInt8[Array, "b h w c"], requests: Any, keys: Any) -> dict[str, Array]:
+            assert isinstance(self.schedule, scheduler.DiscreteSchedule)
+            denoise = denoiser(params, requests)
+            return {"bpd_bound": variational_bound(denoise, self.schedule, from_uint8(images), keys, variance).total}
+
+        def ode(params: Params, images: UInt8[Array, "b h w c"], requests: Any, keys: Any) -> dict[str, Array]:
+            spread, probes = jax.vmap(lambda key: jax.random.split(key))(keys).T
+            x0, denoise = dequantize(from_uint8(images), spread), denoiser(params, requests)
+            return {"bpd_ode": ode_log_likelihood(denoise, self.schedule, x0, probes, ode_steps).bits_per_dim}
+
+        levels = f"variational bound, {self.config.diffusion.num_timesteps} levels, variance {variance}"
+        flow = f"probability-flow ODE, {ode_steps} steps of RK4, one Hutchinson probe, uniform dequantisation"
+        return ({levels: bound} if isinstance(self.schedule, scheduler.DiscreteSchedule) else {}) | {flow: ode}
 
     def is_guided(self, settings: SamplingConfig) -> bool:
         """Whether classifier-free guidance acts."""

@@ -15,7 +15,7 @@ from jaxdiff.config import Config, ConfigError, SamplingConfig, to_config
 from jaxdiff.generation.generate import make_generator
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks import captions
-from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.make import Task, make_task
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.sharding import make_mesh
 
@@ -35,7 +35,7 @@ def read_config(workdir: pathlib.Path) -> Config:
 class Run:
     """A trained run: the task, the moving average of its parameters, the step they are of, and the names of its classes."""
 
-    task: DiffusionTask
+    task: Task
     params: Any
     step: int
     class_names: tuple[str, ...]
@@ -120,7 +120,7 @@ def load_run(workdir: str | pathlib.Path) -> Run:
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
     tokenizer, kept = captions.read(workdir) if config.text.enabled else (None, [])
-    task = DiffusionTask(config, tokenizer)
+    task = make_task(config, tokenizer)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32, sharding=where), shapes)

@@ -21,7 +21,7 @@ from jaxdiff.evaluation.scores import NEED_REFERENCE, score
 from jaxdiff.evaluation.statistics import Provenance, Statistics, load_statistics
 from jaxdiff.generation.generate import make_device_generator
 from jaxdiff.progress import progress_bar
-from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.make import Task
 from jaxdiff.tasks.run import Run
 from jaxdiff.training.sharding import make_mesh
 
@@ -75,7 +75,7 @@ class Scorer:
         return collector.statistics(provenance), np.concatenate(preview)[:PREVIEW]
 
 
-def sampler_for_scores(task: DiffusionTask, settings: SamplingConfig, mesh: Mesh) -> Callable[..., Iterator[Batch]]:
+def sampler_for_scores(task: Task, settings: SamplingConfig, mesh: Mesh) -> Callable[..., Iterator[Batch]]:
     """A function (params, seeds, requests) -> batches of samples that stay on the devices."""
     sample = task.make_sample(settings, task.is_guided(settings))
     generate = make_device_generator(sample, mesh, settings.batch_per_device)
@@ -109,7 +109,7 @@ def cached_statistics(path: pathlib.Path, images: ImageSet, scorer: Scorer, spat
 
 
 def make_training_scores(
-    task: DiffusionTask,
+    task: Task,
     source: Source,
     captions: Sequence[str],
     config: EvaluationConfig,

@@ -5,6 +5,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Generator
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,9 +16,10 @@ from jaxdiff.data.loader import Loader
 from jaxdiff.data.sources import Source, open_source
 from jaxdiff.files import write_text
 from jaxdiff.tasks import captions
-from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.make import Task, make_task
 from jaxdiff.tasks.run import read_config
-from jaxdiff.tasks.score import make_training_scores
+from jaxdiff.tasks.score import make_training_scores, training_images
+from jaxdiff.tasks.vae import PREVIEW
 from jaxdiff.training import loop
 from jaxdiff.training.sharding import check_batch, make_mesh
 
@@ -79,27 +81,21 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
     return source, loader
 
 
-def describe(task: DiffusionTask, source: Source, mesh: Mesh, workdir: pathlib.Path) -> str:
+def describe(task: Task, source: Source, mesh: Mesh, workdir: pathlib.Path) -> str:
     """What a run is about to do, in a few lines."""
     config = task.config
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
     kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
-    networks, condition = "U-Net", f", {task.num_classes} classes" if task.num_classes else ""
-    if task.tokenizer is not None:
-        networks = "U-Net and text encoder"
-        condition = f", captions of up to {task.tokenizer.context_length} of {task.tokenizer.vocabulary_size:,} tokens"
-    size = "x".join(map(str, task.image_shape))
-    diffusion = config.diffusion
     lines = {
         "data": source.describe(),
-        "model": f"{networks}, {parameters:,} parameters, {size} images{condition}, computing in {config.model.dtype}",
-        "diffusion": f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {diffusion.loss} loss",
+        **task.describe(),
+        "parameters": f"{parameters:,}",
         "training": f"{config.training.num_steps:,} steps of {config.training.batch_size} images, seed {config.seed}",
         "devices": f"{mesh.size} x {kinds} ({config.sharding.mode}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})",
         "workdir": str(workdir),
     }
-    return "\n".join(f"{name:10}{text}" for name, text in lines.items())
+    return "\n".join(f"{name:11}{text}" for name, text in lines.items())
 
 
 def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
@@ -117,7 +113,7 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     check_continuation(config, workdir)
     first = jax.process_index() == 0
     tokenizer, kept = captions.prepare(config, source, workdir, first) if config.text.enabled else (None, [])
-    task = DiffusionTask(config, tokenizer)
+    task = make_task(config, tokenizer)
     if first:
         print(describe(task, source, mesh, workdir), flush=True)
         write_text(workdir / "config.json", to_json(config))
@@ -136,8 +132,11 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
         finally:
             iterator.close()
 
-    preview = None
-    if tokenizer is not None:
+    preview: Any = None
+    if config.task == "vae":
+        real = training_images(config, source)
+        preview = np.stack([real.image(i) for i in range(min(PREVIEW, len(real)))])
+    elif tokenizer is not None:
         count = config.sampling.num_images
         preview = captions.request(tokenizer, [kept[i % len(kept)] for i in range(count)])
     trainable = task.trainable(mesh, preview)

@@ -70,7 +70,7 @@ def test_a_wrong_name_is_answered_in_one_line(name, message):
 def test_other_wrong_arguments(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder .*nowhere"):
         open_source("folder", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="digits has one split, 'train', and no 'test'"):
+    with pytest.raises(ValueError, match="digits has the splits train, nine_tenths, tenth, and no 'test'"):
         open_source("digits", split="test")
     with pytest.raises(ValueError, match="needs captions, and there are none"):
         open_source("digits", require_text=True)
