@@ -11,7 +11,6 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
@@ -27,10 +26,8 @@ from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss
 from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
-from jaxdiff.training.loop import Trainable
-from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxdiff.training.state import Batch, Metrics, Params, TrainState, create_state
-from jaxdiff.training.step import Update, make_update
+from jaxdiff.training.loop import Trainable, minimise
+from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 from jaxdiff.weights.tokenizer import Tokenizer
 
 
@@ -306,19 +303,7 @@ class DiffusionTask:
 
     def trainable(self, mesh: Mesh, preview: Any = None) -> Trainable:
         """The task as the training loop wants it. `preview`: what the pictures are asked to show (see `_pictures`)."""
-        config = self.config
-        optimizer = make_optimizer(config.optimizer, config.training.num_steps)
-        rate: optax.Schedule = learning_rate_schedule(config.optimizer, config.training.num_steps)
-
-        def update(axis_name: str | None) -> Update:
-            steps = config.training.accumulation_steps
-            return make_update(self.loss, optimizer, config.optimizer, rate, steps, axis_name)
-
-        return Trainable(
-            init=lambda key: create_state(self.init(key), optimizer),
-            make_update=update,
-            pictures=self._pictures(mesh, preview),
-        )
+        return minimise(self.loss, self.init, self.config, self._pictures(mesh, preview), ("loss", "grad_norm"))
 
     def _pictures(self, mesh: Mesh, preview: Any) -> Any:
         """A grid of samples from the moving average of the parameters: the same seeds every time, and the same requests.

@@ -29,10 +29,8 @@ from jaxdiff.losses import (
 )
 from jaxdiff.models.gaussian import Gaussian
 from jaxdiff.models.vae import ConvVAE
-from jaxdiff.training.loop import Trainable
-from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxdiff.training.state import Batch, Metrics, Params, TrainState, create_state
-from jaxdiff.training.step import Update, make_update
+from jaxdiff.training.loop import Trainable, minimise
+from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 
 PREVIEW = 32  # images whose reconstructions are drawn
 TRAVERSAL = np.linspace(-3, 3, 11)  # values of one latent while the others are 0
@@ -156,19 +154,8 @@ class VAETask:
 
     def trainable(self, mesh: Mesh, preview: Any = None) -> Trainable:
         """The task as the training loop wants it. `preview`: uint8 images whose reconstructions are drawn."""
-        config = self.config
-        optimizer = make_optimizer(config.optimizer, config.training.num_steps)
-        rate = learning_rate_schedule(config.optimizer, config.training.num_steps)
-
-        def update(axis_name: str | None) -> Update:
-            steps = config.training.accumulation_steps
-            return make_update(self.loss, optimizer, config.optimizer, rate, steps, axis_name)
-
-        return Trainable(
-            init=lambda key: create_state(self.init(key), optimizer),
-            make_update=update,
-            pictures=self._pictures(mesh, preview),
-            curves=("loss", "elbo", "kl", "reconstruction"),
+        return minimise(
+            self.loss, self.init, self.config, self._pictures(mesh, preview), ("loss", "elbo", "kl", "reconstruction")
         )
 
     def _pictures(self, mesh: Mesh, preview: UInt8[np.ndarray, "n h w c"] | None) -> Any:

@@ -14,11 +14,16 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
-from jaxdiff.config import TrainingConfig
+from jaxdiff.config import Config, TrainingConfig
 from jaxdiff.progress import progress_bar
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
 from jaxdiff.training.log import MetricsLog, save_curve
+from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxdiff.training.sharding import make_runner
+from jaxdiff.training.state import Params, create_state
+from jaxdiff.training.step import Loss, Update, make_update
+
+Pictures = Callable[[Any], dict[str, UInt8[np.ndarray, "h w c"]]]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -36,10 +41,23 @@ class Trainable:
 
     init: Callable[[Key[Array, ""]], Any]
     make_update: Callable[[str | None], Callable[..., Any]]
-    pictures: Callable[[Any], dict[str, UInt8[np.ndarray, "h w c"]]]
-    curves: tuple[str, ...] = ("loss", "grad_norm")
+    pictures: Pictures
+    curves: tuple[str, ...]
     scores: Callable[[Any], dict[str, float]] | None = None
     score_every: int = 0
+
+
+def minimise(
+    loss: Loss, init: Callable[[Key[Array, ""]], Params], config: Config, pictures: Pictures, curves: tuple[str, ...]
+) -> Trainable:
+    """The task of minimising one loss over all parameters, with the config's optimiser."""
+    optimizer = make_optimizer(config.optimizer, config.training.num_steps)
+    rate = learning_rate_schedule(config.optimizer, config.training.num_steps)
+
+    def update(axis_name: str | None) -> Update:
+        return make_update(loss, optimizer, config.optimizer, rate, config.training.accumulation_steps, axis_name)
+
+    return Trainable(lambda key: create_state(init(key), optimizer), update, pictures, curves)
 
 
 @dataclasses.dataclass(frozen=True)
