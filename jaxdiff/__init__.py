@@ -9,7 +9,9 @@ network      UNet
 loss         noise_mse, diffusion_loss
 denoising    make_denoiser, classifier_free_guidance, clip_x0, dynamic_threshold
 sampling     SAMPLERS, make_timesteps, initial_noise, to_uint8, from_uint8, image_grid
-likelihood   variational_bound, ode_log_likelihood
+likelihood   variational_bound, ode_log_likelihood, gaussian_kl
+autoencoders ConvVAE, Gaussian, normal_log_density, discretized_normal_log_likelihood, autoencoder_elbo,
+             log_importance_weight, iwae_bound, nats_to_bits_per_dim
 scores       load_extractor, Moments, frechet_distance, frechet_infinite, kernel_distance, inception_score, precision_recall
 whole runs   default_config, to_config, DiffusionTask, train_run, load_run
 """
@@ -18,7 +20,7 @@ from jaxdiff.config import default_config, to_config
 from jaxdiff.data.loader import Loader
 from jaxdiff.data.sources import open_source
 from jaxdiff.diffusion.guidance import classifier_free_guidance, clip_x0, dynamic_threshold
-from jaxdiff.diffusion.likelihood import ode_log_likelihood, variational_bound
+from jaxdiff.diffusion.likelihood import gaussian_kl, ode_log_likelihood, variational_bound
 from jaxdiff.diffusion.predictions import make_denoiser
 from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
 from jaxdiff.diffusion.scheduler import (
@@ -42,8 +44,19 @@ from jaxdiff.evaluation.moments import Moments
 from jaxdiff.evaluation.neighbours import precision_recall
 from jaxdiff.generation.generate import from_uint8, to_uint8
 from jaxdiff.generation.pictures import image_grid
-from jaxdiff.losses import diffusion_loss, noise_mse
+from jaxdiff.losses import (
+    autoencoder_elbo,
+    diffusion_loss,
+    discretized_normal_log_likelihood,
+    iwae_bound,
+    log_importance_weight,
+    nats_to_bits_per_dim,
+    noise_mse,
+    normal_log_density,
+)
+from jaxdiff.models.gaussian import Gaussian
 from jaxdiff.models.unet import UNet
+from jaxdiff.models.vae import ConvVAE
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.run import load_run
 from jaxdiff.tasks.train import train_run
@@ -52,32 +65,41 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SAMPLERS",
+    "ConvVAE",
     "DiffusionTask",
     "DiscreteSchedule",
     "EDMSchedule",
     "FlowSchedule",
+    "Gaussian",
     "Loader",
     "Moments",
     "UNet",
+    "autoencoder_elbo",
     "classifier_free_guidance",
     "clip_x0",
     "cosine_betas",
     "default_config",
     "diffusion_loss",
+    "discretized_normal_log_likelihood",
     "dynamic_threshold",
     "frechet_distance",
     "frechet_infinite",
     "from_uint8",
+    "gaussian_kl",
     "image_grid",
     "inception_score",
     "initial_noise",
+    "iwae_bound",
     "kernel_distance",
     "linear_betas",
     "load_extractor",
     "load_run",
+    "log_importance_weight",
     "make_denoiser",
     "make_timesteps",
+    "nats_to_bits_per_dim",
     "noise_mse",
+    "normal_log_density",
     "ode_log_likelihood",
     "open_source",
     "precision_recall",

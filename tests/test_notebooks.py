@@ -44,6 +44,31 @@ CLAIMS = {
         assert -1.15 < slope < -0.85 and (np.abs(mean_kid) < 4 * kid_error).all(), (slope, mean_kid, kid_error)
         assert np.ptp(infinite.mean(1)[1:]) < 0.5 * np.ptp(plain.mean(1)[1:])
     """,
+    "04_variational_bound": """
+        assert missed[0] > 10 and abs(missed[1]) < 0.1 and abs(gaps["prior", 1][-1]) < 0.05, gaps
+        assert np.abs(elbo_errors).max() < 5 and jnp.abs(weights_at_posterior - exact).max() < 1e-3
+        assert all((np.diff(found) > -1e-3).all() for found in tighter.values()), tighter
+        gap = {width: float(exact.mean() - found[-1]) for width, found in tighter.items()}
+        assert gap[0.5] > 0.5 > gap[2.0] > gap[1.4] > -0.05, gap
+        assert abs(kl_error) < 4 and all(np.abs(error).max() < 5 for error in gradient_errors.values())
+        plain, helped, reparameterised = total_variance.values()
+        assert plain > 10 * helped > 50 * reparameterised, total_variance
+        assert results["ELBO"][2] > linear_log_p and all(found[3] > found[2] for found in results.values())
+        used = {name: (found[4] > 0.1).sum() for name, found in results.items()}
+        assert used["beta = 4"] < used["ELBO"] < used["free bits 0.5"] == 16, used
+        assert results["free bits 0.5"][0] > results["ELBO"][0] > results["beta = 4"][0]
+        assert bits["VAE trained on levels"][0] < 4 < bits["VAE trained on densities"][0] < bits["linear VAE"][0], bits
+        from scipy import stats
+        edges = stats.norm(m, s).cdf(np.r_[-np.inf, np.arange(255) / 127.5 - 1 + 1 / 255, np.inf])
+        by_scipy = -np.log2(np.diff(edges))[np.round((np.asarray(x0) + 1) * 127.5).astype(int)]
+        assert abs(known_bits.mean() - by_scipy.mean()) < 1e-4
+        apart = [abs((a - b).mean()) / math.sqrt((a.var() + b.var()) / len(a)) for a, b in paired.values()]
+        assert max(apart) < 4 and abs(paired["learned"][0].mean()) < 1e-3 and paired["learned"][0].std() < 0.01
+        assert max(error.max() for error in term_errors.values()) < 0.06
+        assert np.abs(excess["learned"]).max() < 1e-3 and -1.1 < slope < -0.9
+        assert all(np.allclose(measured[v], excess[v][[1, 3, 5]], atol=0.05) for v in names), (measured, excess)
+        assert abs(ddpm_gap - (expected_terms(ddpm, "fixed_small").sum() - entropy)) < 0.1 and ddpm_gap > 0.5
+    """,
 }
 
 
@@ -56,7 +81,12 @@ def test_every_notebook_is_tested_and_stored_without_outputs():
 
 @pytest.mark.parametrize(
     "name",
-    ["01_forward_process", pytest.param("02_train_ddpm", marks=pytest.mark.slow), "03_inception_score_and_fid"],
+    [
+        "01_forward_process",
+        pytest.param("02_train_ddpm", marks=pytest.mark.slow),
+        "03_inception_score_and_fid",
+        "04_variational_bound",
+    ],
 )
 def test_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
