@@ -156,7 +156,7 @@ def evaluate_images(
     statistics = None
     if reference is not None and _needs_reference(metrics, options):
         statistics = reference.statistics(scorer, spatial)
-    _check(metrics, statistics, images.description, scorer, options)
+    _check(metrics, statistics, images.description, len(images), scorer, options)
     generated, preview = scorer.of_images(images, _keep(metrics, options), spatial)
     return _results(metrics, generated, statistics, scorer, options, preview, None)
 
@@ -187,13 +187,19 @@ def evaluate_samples(
             )
             path = workdir / f"reference-{scorer.extractor.name}.npz"
             statistics = cached_statistics(path, training_images(run.task.config, source), scorer, spatial)
-    _check(metrics, statistics, "samples", scorer, options)
+    _check(metrics, statistics, "samples", num, scorer, options)
     generated, preview = scorer.of_run(run, num, seed, sampling, _keep(metrics, options), spatial)
     return _results(metrics, generated, statistics, scorer, options, preview, sampling)
 
 
-def _check(metrics: Sequence[str], reference: Statistics | None, data: str, scorer: Scorer, options: Options) -> None:
+def _check(
+    metrics: Sequence[str], reference: Statistics | None, data: str, num: int, scorer: Scorer, options: Options
+) -> None:
     """Refuse what cannot be scored before anything is extracted."""
+    least = max(2, options.splits if "is" in metrics else 2, options.neighbours + 1 if "pr" in metrics else 2)
+    if num < least:
+        why = f"an inception score of {options.splits} splits" if least == options.splits else "a score"
+        raise ValueError(f"{data}: {why} needs at least {least} images, not {num}")
     provenance = provenance_of(scorer.extractor, data)
     check_reference(list(metrics), provenance, scorer.extractor.dimension, reference, options)
 
