@@ -3,8 +3,8 @@
     python train.py --config configs/shapes_text.py
     python sample.py --workdir runs/shapes_text --prompt "a large green star to the left of a small blue circle" --num 4
 
-Not tuned yet: with --config.training.num_steps=1200 (7 min 45 s on 2 CPU cores) the shapes are clean, and 7.5% of 200 pictures show
-what was asked for, by python -m benchmarks.text_followed --workdir runs/shapes_text --num 200. The whole 4,000 steps were not run.
+Not tuned yet: with --config.training.num_steps=1200 (7 min 45 s on 2 CPU cores) the shapes are clean, and 7.5% of 200 pictures
+show what was asked for, by python -m benchmarks.text_followed --workdir runs/shapes_text --num 200. All 4,000 steps were not run.
 
 Some combinations of colour and shape are held out of training; python -m benchmarks.text_followed --workdir
 runs/shapes_text --split held_out asks for those.
@@ -30,7 +30,9 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 4
     config.model.dropout = 0.0
     config.diffusion.schedule = "cosine"
-    config.diffusion.prediction = "x0"  # 4x4x3 pixels of noise would not fit through the network; a clean patch is simple
+    config.diffusion.prediction = (
+        "x0"  # 4x4x3 pixels of noise would not fit through the network; a clean patch is simple
+    )
     config.diffusion.loss = "min_snr"
     config.optimizer.learning_rate = 1.5e-3
     config.optimizer.beta2 = 0.99
