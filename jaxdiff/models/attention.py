@@ -79,6 +79,7 @@ class AttentionBlock(nn.Module):
 
     num_heads: int = 1
     epsilon: float = 1e-6
+    norm_groups: int | None = None
     implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -87,7 +88,7 @@ class AttentionBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Every pixel attends to every pixel of its image."""
         b, height, width, c = x.shape
-        h = group_norm(c, self.epsilon, self.dtype, self.param_dtype, name="norm")(x)
+        h = group_norm(c, self.epsilon, self.dtype, self.param_dtype, name="norm", groups=self.norm_groups)(x)
         h = Attention(
             self.num_heads,
             out_init=zero_init,
@@ -153,6 +154,7 @@ class SpatialTransformer(nn.Module):
     depth: int = 1
     dropout: float = 0.0
     epsilon: float = 1e-6
+    norm_groups: int | None = None
     implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -164,7 +166,7 @@ class SpatialTransformer(nn.Module):
         """Every pixel attends to every pixel of its image and to its text; the last projection starts at zero."""
         b, height, width, c = x.shape
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        h = group_norm(c, self.epsilon, name="norm", **dtypes)(x).reshape(b, height * width, c)
+        h = group_norm(c, self.epsilon, name="norm", groups=self.norm_groups, **dtypes)(x).reshape(b, height * width, c)
         h = nn.Dense(c, kernel_init=default_init, name="project_in", **dtypes)(h)
         for i in range(self.depth):
             block = TransformerBlock(self.num_heads, self.dropout, self.implementation, name=f"block_{i}", **dtypes)

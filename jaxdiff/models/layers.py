@@ -28,9 +28,17 @@ def num_groups(channels: int, most: int = 32) -> int:
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 
 
-def group_norm(channels: int, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str) -> nn.GroupNorm:
-    """Group normalisation (Wu & He 2018) whose statistics and affine map are float32, and the result `dtype`."""
-    return nn.GroupNorm(num_groups(channels), epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, name=name)
+def group_norm(
+    channels: int, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike, name: str, *, groups: int | None = None
+) -> nn.GroupNorm:
+    """Group normalisation (Wu & He 2018) whose statistics and affine map are float32, and the result `dtype`.
+
+    groups: how many; None for as many as `num_groups` says. Raises ValueError if they don't divide the channels.
+    """
+    groups = num_groups(channels) if groups is None else groups
+    if channels % groups:
+        raise ValueError(f"{name}: {channels} channels cannot be split into norm_groups = {groups}")
+    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def conv3x3(
@@ -62,6 +70,7 @@ class ResidualBlock(nn.Module):
     channels: int
     dropout: float = 0.0
     epsilon: float = 1e-6
+    norm_groups: int | None = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -71,7 +80,7 @@ class ResidualBlock(nn.Module):
     ) -> Float[Array, "b h w d"]:
         """`embedding`: what the block is told of time and label; None for a block without (a VAE's)."""
         dtypes = (self.dtype, self.param_dtype)
-        h = group_norm(x.shape[-1], self.epsilon, *dtypes, name="norm1")(x)
+        h = group_norm(x.shape[-1], self.epsilon, *dtypes, name="norm1", groups=self.norm_groups)(x)
         h = conv3x3(self.channels, *dtypes, name="conv1")(nn.swish(h))
         if embedding is not None:
             projection = nn.Dense(
@@ -82,7 +91,7 @@ class ResidualBlock(nn.Module):
                 name="embedding_projection",
             )(nn.swish(embedding))
             h += projection[:, None, None, :]
-        h = group_norm(self.channels, self.epsilon, *dtypes, name="norm2")(h)
+        h = group_norm(self.channels, self.epsilon, *dtypes, name="norm2", groups=self.norm_groups)(h)
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(h))
         h = conv3x3(self.channels, *dtypes, name="conv2", kernel_init=zero_init)(h)
         if x.shape[-1] != self.channels:

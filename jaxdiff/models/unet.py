@@ -14,6 +14,7 @@ from jaxdiff.models.layers import (
     ResidualBlock,
     Upsample,
     conv3x3,
+    default_init,
     depth_to_space,
     group_norm,
     space_to_depth,
@@ -29,6 +30,7 @@ class UNetBlock(nn.Module):
     num_heads: int
     dropout: float
     epsilon: float
+    norm_groups: int | None
     attention_implementation: AttentionImplementation
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -43,11 +45,15 @@ class UNetBlock(nn.Module):
     ) -> Float[Array, "b h w d"]:
         """With a context the attention is latent diffusion's transformer, without it DDPM's attention block."""
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        residual = ResidualBlock(self.channels, self.dropout, self.epsilon, name="residual", **dtypes)
+        residual = ResidualBlock(self.channels, self.dropout, self.epsilon, self.norm_groups, name="residual", **dtypes)
         x = residual(x, embedding, train=train)
         if not self.attention:
             return x
-        heads: dict[str, Any] = {"num_heads": self.num_heads, "implementation": self.attention_implementation}
+        heads: dict[str, Any] = {
+            "num_heads": self.num_heads,
+            "norm_groups": self.norm_groups,
+            "implementation": self.attention_implementation,
+        }
         if context is None:
             return AttentionBlock(name="attention", **heads, **dtypes)(x)
         return SpatialTransformer(name="transformer", dropout=self.dropout, **heads, **dtypes)(x, context, train=train)
@@ -63,7 +69,10 @@ class UNet(nn.Module):
     num_classes: labels 0 .. num_classes - 1; the embedding table has one more row, the null label of classifier-free
         guidance (`num_classes` itself, and what label=None means).
     context_dim: channels of the text context; None for a model without text.
+    pooled_context: every residual block is told the mean of the context too, by the side of the time.
+    position_embedding: every position is told where it is at the door. Zero padding tells it too, but slowly.
     patch_size: each p x p patch of pixels is one position with p * p as many channels inside the network.
+    norm_groups: groups of every GroupNorm; None for 32, or fewer where channels are few.
     norm_epsilon, frequency_shift, cosine_first: of the GroupNorms outside attention and of the time embedding. DDPM has
         1e-6, 1, False; Stable Diffusion 1e-5, 0, True.
     dtype, param_dtype: of the computation and of the parameters. Statistics, softmax and time embedding are float32.
@@ -81,7 +90,10 @@ class UNet(nn.Module):
     dropout: float = 0.0
     num_classes: int = 0
     context_dim: int | None = None
+    pooled_context: bool = False
+    position_embedding: bool = False
     patch_size: int = 1
+    norm_groups: int | None = None
     norm_epsilon: float = 1e-6
     frequency_shift: float = 1.0
     cosine_first: bool = False
@@ -103,13 +115,15 @@ class UNet(nn.Module):
         """Float32 prediction; exactly zero before training. With train=True dropout needs rngs={"dropout": key}."""
         self._check(x, label, context)
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        embedding = self._embedding(time, label)
+        embedding = self._embedding(time, label, context)
         context = None if context is None else context.astype(self.dtype)
         last = len(self.channel_multipliers) - 1
         widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
 
         h = space_to_depth(x.astype(self.dtype), self.patch_size)
         h = conv3x3(self.channels, name="conv_in", **dtypes)(h)
+        if self.position_embedding:
+            h += position_embedding(*h.shape[1:]).astype(h.dtype)[None]
         skips = [h]
         for level, width in enumerate(widths):
             for i in range(self.num_res_blocks):
@@ -129,7 +143,7 @@ class UNet(nn.Module):
             if level > 0:
                 h = Upsample(name=f"up_{level}_upsample", **dtypes)(h)
 
-        h = nn.swish(group_norm(h.shape[-1], self.norm_epsilon, name="norm_out", **dtypes)(h))
+        h = nn.swish(group_norm(h.shape[-1], self.norm_epsilon, name="norm_out", groups=self.norm_groups, **dtypes)(h))
         h = conv3x3(self.out_channels * self.patch_size**2, name="conv_out", kernel_init=zero_init, **dtypes)(h)
         return depth_to_space(h, self.patch_size).astype(jnp.float32)
 
@@ -148,14 +162,17 @@ class UNet(nn.Module):
             num_heads=self.num_heads if self.head_dim is None else channels // self.head_dim,
             dropout=self.dropout,
             epsilon=self.norm_epsilon,
+            norm_groups=self.norm_groups,
             attention_implementation=self.attention_implementation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=name,
         )
 
-    def _embedding(self, time: Float[Array, " b"], label: Int[Array, " b"] | None) -> Float[Array, "b e"]:
-        """What every residual block is told: the time, plus the label where the model has labels."""
+    def _embedding(
+        self, time: Float[Array, " b"], label: Int[Array, " b"] | None, context: Float[Array, "b n k"] | None
+    ) -> Float[Array, "b e"]:
+        """What every residual block is told: the time, plus the label or the pooled context where the model has them."""
         width = 4 * self.channels
         embed = TimeEmbedding(
             self.channels,
@@ -166,6 +183,9 @@ class UNet(nn.Module):
             name="time_embedding",
         )
         embedding = embed(time)
+        if self.pooled_context and context is not None:
+            project = nn.Dense(width, kernel_init=default_init, param_dtype=self.param_dtype, name="pooled_context")
+            embedding += project(context.astype(jnp.float32).mean(1))
         if self.num_classes == 0:
             return embedding
         if label is None:
@@ -193,3 +213,19 @@ class UNet(nn.Module):
             )
         if context is not None and context.shape[-1] != self.context_dim:
             raise ValueError(f"U-Net: context has {context.shape[-1]} channels, context_dim is {self.context_dim}")
+
+
+def position_embedding(height: int, width: int, channels: int) -> Float[Array, "h w c"]:
+    """Sines and cosines of row and column, a quarter of the channels each, at wavelengths from 2 pi to 20,000 pi.
+
+    As in the vision transformers that DiT is one of (Peebles & Xie 2023, https://arxiv.org/abs/2212.09748).
+    """
+    if channels % 4:
+        raise ValueError(f"U-Net: position_embedding needs a multiple of 4 channels, not {channels}")
+    frequencies = 10_000.0 ** -(jnp.arange(channels // 4) / (channels // 4))
+    rows = jnp.arange(height)[:, None] * frequencies[None]
+    columns = jnp.arange(width)[:, None] * frequencies[None]
+    shape = (height, width, channels // 4)
+    parts = [jnp.broadcast_to(f(rows)[:, None], shape) for f in (jnp.sin, jnp.cos)]
+    parts += [jnp.broadcast_to(f(columns)[None], shape) for f in (jnp.sin, jnp.cos)]
+    return jnp.concatenate(parts, axis=-1)

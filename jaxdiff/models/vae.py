@@ -28,6 +28,7 @@ class MiddleBlock(nn.Module):
     """Residual block, attention over all pixels with one head, residual block."""
 
     channels: int
+    norm_groups: int | None = None
     attention_implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -36,9 +37,10 @@ class MiddleBlock(nn.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The feature map of the lowest resolution, changed."""
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = ResidualBlock(self.channels, name="residual_0", **dtypes)(x)
-        x = AttentionBlock(implementation=self.attention_implementation, name="attention", **dtypes)(x)
-        return ResidualBlock(self.channels, name="residual_1", **dtypes)(x)
+        norm: dict[str, Any] = {"norm_groups": self.norm_groups}
+        x = ResidualBlock(self.channels, name="residual_0", **norm, **dtypes)(x)
+        x = AttentionBlock(implementation=self.attention_implementation, name="attention", **norm, **dtypes)(x)
+        return ResidualBlock(self.channels, name="residual_1", **norm, **dtypes)(x)
 
 
 class Encoder(nn.Module):
@@ -48,6 +50,7 @@ class Encoder(nn.Module):
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
+    norm_groups: int | None = None
     attention_implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -60,11 +63,13 @@ class Encoder(nn.Module):
         h = conv3x3(self.channels, name="conv_in", **dtypes)(x.astype(self.dtype))
         for level, multiplier in enumerate(self.channel_multipliers):
             for i in range(self.num_res_blocks):
-                h = ResidualBlock(self.channels * multiplier, name=f"down_{level}_{i}", **dtypes)(h)
+                h = ResidualBlock(
+                    self.channels * multiplier, norm_groups=self.norm_groups, name=f"down_{level}_{i}", **dtypes
+                )(h)
             if level < last:
                 h = Downsample(padding=BOTTOM_RIGHT, name=f"down_{level}_downsample", **dtypes)(h)
-        h = MiddleBlock(h.shape[-1], self.attention_implementation, name="middle", **dtypes)(h)
-        h = nn.swish(group_norm(h.shape[-1], 1e-6, name="norm_out", **dtypes)(h))
+        h = MiddleBlock(h.shape[-1], self.norm_groups, self.attention_implementation, name="middle", **dtypes)(h)
+        h = nn.swish(group_norm(h.shape[-1], 1e-6, name="norm_out", groups=self.norm_groups, **dtypes)(h))
         return conv3x3(2 * self.latent_channels, name="conv_out", **dtypes)(h)
 
 
@@ -75,6 +80,7 @@ class Decoder(nn.Module):
     channels: int = 128
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
+    norm_groups: int | None = None
     attention_implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -85,13 +91,13 @@ class Decoder(nn.Module):
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         widths = [self.channels * multiplier for multiplier in self.channel_multipliers]
         h = conv3x3(widths[-1], name="conv_in", **dtypes)(z.astype(self.dtype))
-        h = MiddleBlock(widths[-1], self.attention_implementation, name="middle", **dtypes)(h)
+        h = MiddleBlock(widths[-1], self.norm_groups, self.attention_implementation, name="middle", **dtypes)(h)
         for level, width in reversed(list(enumerate(widths))):
             for i in range(self.num_res_blocks + 1):
-                h = ResidualBlock(width, name=f"up_{level}_{i}", **dtypes)(h)
+                h = ResidualBlock(width, norm_groups=self.norm_groups, name=f"up_{level}_{i}", **dtypes)(h)
             if level > 0:
                 h = Upsample(name=f"up_{level}_upsample", **dtypes)(h)
-        h = nn.swish(group_norm(h.shape[-1], 1e-6, name="norm_out", **dtypes)(h))
+        h = nn.swish(group_norm(h.shape[-1], 1e-6, name="norm_out", groups=self.norm_groups, **dtypes)(h))
         # The last kernel: latent diffusion weighs its discriminator by the gradients that arrive here.
         return conv3x3(self.image_channels, name="conv_out", **dtypes)(h).astype(jnp.float32)
 
@@ -100,6 +106,7 @@ class AutoencoderKL(nn.Module):
     """The first stage of latent diffusion: images [b h w c] to latents [b h/f w/f d], f = 2^(levels - 1).
 
     quant_conv: a pointwise layer after the encoder and one before the decoder, as Stable Diffusion 1 and 2 have them.
+    norm_groups: groups of every GroupNorm; None for 32, or fewer where channels are few.
     """
 
     image_channels: int = 3
@@ -108,6 +115,7 @@ class AutoencoderKL(nn.Module):
     channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
     num_res_blocks: int = 2
     quant_conv: bool = True
+    norm_groups: int | None = None
     attention_implementation: AttentionImplementation = None
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
@@ -119,6 +127,7 @@ class AutoencoderKL(nn.Module):
             "channels": self.channels,
             "channel_multipliers": self.channel_multipliers,
             "num_res_blocks": self.num_res_blocks,
+            "norm_groups": self.norm_groups,
             "attention_implementation": self.attention_implementation,
             **dtypes,
         }

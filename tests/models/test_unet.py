@@ -1,11 +1,12 @@
 """The U-Net: DDPM's parameter count, its options, and what must hold at the start and under rematerialisation."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxdiff.models.unet import UNet
+from jaxdiff.models.unet import UNet, position_embedding
 from tests.models.tiny_networks import jit, random_parameters
 
 TINY = {"channels": 8, "channel_multipliers": (1, 2), "num_res_blocks": 1, "attention_resolutions": (4,)}
@@ -122,6 +123,64 @@ def test_every_image_sees_its_own_time_label_and_context():
     for i in range(1, 4):  # time, label, context: each matters
         changed = [a[::-1] if i == j else a for j, a in enumerate(inputs)]
         assert not np.allclose(apply(variables, *changed), output, atol=1e-2)
+
+
+def test_the_pooled_context_reaches_every_residual_block():
+    """Where nothing attends to the context, a model with the pooled one hears it, by its mean alone; one without is deaf."""
+    context = jax.random.normal(KEY, (2, 3, 6))
+    other = context.at[:, 0].add(1.0).at[:, 1].add(-1.0)  # the same mean
+
+    def outputs(pooled):
+        network = UNet(3, **ONE_LEVEL, context_dim=6, pooled_context=pooled)
+        variables = random_parameters(network, X, TIME, None, context)
+        deaf = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: 0 * leaf if "cross_attention" in jax.tree_util.keystr(path) else leaf, variables
+        )
+        run = jit(lambda context: network.apply(deaf, X, TIME, None, context))
+        return run(context), run(other), run(2 * context)
+
+    same, also, different = outputs(True)
+    np.testing.assert_allclose(also, same, atol=1e-4)
+    assert np.abs(different - same).max() > 0.01
+    same, _, different = outputs(False)
+    np.testing.assert_array_equal(different, same)
+
+
+def test_position_embedding_tells_every_place_apart():
+    """Numbers of row and column at the two ends of the wavelengths; no two positions get the same."""
+    told = np.asarray(position_embedding(5, 7, 8), np.float64)
+    y, x = np.mgrid[:5, :7]
+    expected = [f(place / 10_000**power) for place in (y, x) for f in (np.sin, np.cos) for power in (0, 0.5)]
+    np.testing.assert_allclose(told, np.stack(expected, -1), atol=1e-6)
+    assert len(np.unique(told.reshape(35, 8).round(4), axis=0)) == 35
+    with pytest.raises(ValueError, match="a multiple of 4 channels, not 6"):
+        position_embedding(2, 2, 6)
+
+
+def test_position_embedding_changes_what_is_seen():
+    """An image of one grey level, far from its border: the same everywhere without it."""
+    x = jnp.ones((1, 32, 32, 3))
+    for wanted in (False, True):
+        network = UNet(3, **ONE_LEVEL, position_embedding=wanted)
+        out = jit(network.apply)(random_parameters(network, x, TIME[:1]), x, TIME[:1])[0, 15:17, 15:17]
+        spread = float(np.ptp(np.asarray(out), axis=(0, 1)).max())
+        assert spread > 1e-3 if wanted else spread < 1e-5
+
+
+def test_norm_groups_are_as_many_as_asked_for():
+    network = UNet(3, **TINY, norm_groups=4, context_dim=6)
+    groups = []
+
+    def note(call, args, kwargs, context):
+        if isinstance(context.module, nn.GroupNorm):
+            groups.append(context.module.num_groups)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        jax.eval_shape(network.init, KEY, X, TIME, context=jnp.zeros((2, 3, 6)))
+    assert set(groups) == {4} and len(groups) > 10
+    with pytest.raises(ValueError, match="norm1: 8 channels cannot be split into norm_groups = 3"):
+        jax.eval_shape(UNet(3, **TINY, norm_groups=3).init, KEY, X, TIME)
 
 
 def test_context_must_fit_the_model():
