@@ -91,7 +91,7 @@ def classifier_free_guidance(
 
 def clip_x0(denoise: Denoiser, schedule: Schedule) -> Denoiser:
     """Clip x0 to [-1, 1], the range of images (DDPM's code), and move the noise accordingly."""
-    return _change_x0(denoise, schedule, lambda x0: jnp.clip(x0, -1.0, 1.0))
+    return change_x0(denoise, schedule, lambda x0: jnp.clip(x0, -1.0, 1.0))
 
 
 def dynamic_threshold(denoise: Denoiser, schedule: Schedule, quantile: Scalar = 0.995) -> Denoiser:
@@ -102,15 +102,22 @@ def dynamic_threshold(denoise: Denoiser, schedule: Schedule, quantile: Scalar = 
         largest = expand_like(jnp.maximum(largest, 1.0), x0)
         return jnp.clip(x0, -largest, largest) / largest
 
-    return _change_x0(denoise, schedule, threshold)
+    return change_x0(denoise, schedule, threshold)
 
 
-def _change_x0(denoise: Denoiser, schedule: Schedule, change: Callable[[Images], Images]) -> Denoiser:
-    """The denoiser with another x0 and the noise that makes up for it: alpha x0 + sigma noise stays x_t."""
+def change_x0(
+    denoise: Denoiser, schedule: Schedule, change: Callable[[Images], Images], *, keep_noise: bool = False
+) -> Denoiser:
+    """The denoiser with another x0 and the noise that makes up for it: alpha x0 + sigma noise stays x_t.
+
+    `keep_noise`: only x0 is changed, and that sum is no longer x_t (diffusers' DDIM).
+    """
 
     def changed(x_t: Images, t: Shaped[Array, " b"], condition: Any = None) -> Denoised:
         denoised = denoise(x_t, t, condition)
         x0 = change(denoised.x0)
+        if keep_noise:
+            return denoised._replace(x0=x0)
         alpha, sigma = expand_like(schedule.alpha(t), x_t), expand_like(schedule.sigma(t), x_t)
         # By the difference: pixels left alone keep their noise to the bit, however small sigma. At 0 any noise will do.
         ratio = jnp.where(sigma > 0, alpha / jnp.where(sigma > 0, sigma, 1.0), 0.0)

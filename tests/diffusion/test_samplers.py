@@ -13,7 +13,18 @@ import scipy.integrate
 from jaxdiff.diffusion import samplers
 from jaxdiff.diffusion.guidance import clip_x0
 from jaxdiff.diffusion.predictions import Denoised
-from jaxdiff.diffusion.samplers import SAMPLERS, ddim, ddpm, dpmpp_2m, euler, euler_ancestral, heun, initial_noise
+from jaxdiff.diffusion.samplers import (
+    SAMPLERS,
+    ddim,
+    ddpm,
+    dpmpp_2m,
+    euler,
+    euler_ancestral,
+    heun,
+    initial_noise,
+    lcm,
+    pndm,
+)
 from jaxdiff.diffusion.scheduler import (
     DiscreteSchedule,
     EDMSchedule,
@@ -166,9 +177,9 @@ def exact_flow(kind):
 
 
 @pytest.mark.parametrize("kind", SPANS)
-@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (ddim, 1), (heun, 2), (dpmpp_2m, 2)])
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (ddim, 1), (heun, 2), (dpmpp_2m, 2), (pndm, 2)])
 def test_order_of_convergence(sampler, order, kind):
-    """The error against the exact solution falls as N^-order (DDIM, Euler: 1; Heun, DPM-Solver++(2M): 2)."""
+    """The error against the exact solution falls as N^-order (DDIM, Euler: 1; Heun, DPM-Solver++(2M), PNDM: 2)."""
     errors, (t_max, t_end) = [], SPANS[kind]
     with jax.enable_x64(True):
         x_T, expected = exact_flow(kind)
@@ -182,7 +193,11 @@ def test_order_of_convergence(sampler, order, kind):
             x = run(x_T.reshape(1, 4, 6, 1), times, 512 - num)
             assert x.dtype == jnp.float64
             errors.append(np.abs(np.asarray(x).reshape(-1) - expected).mean())
-    assert math.log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.08)
+    measured = math.log2(errors[0] / errors[1])
+    if (sampler, kind) == (pndm, "flow"):  # even steps in sigma / (alpha + sigma), too: better than its order
+        assert measured > 3
+    else:
+        assert measured == pytest.approx(order, abs=0.08)
     assert errors[1] < (5e-3 if order == 1 else 5e-5)
 
 
@@ -349,8 +364,7 @@ def test_ancestral_samplers_reproduce_the_mixture(sampler, eta, name):
 # Ends of the schedule, precision ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(("sampler", "name"), [(s, n) for s in SAMPLERS for n in SCHEDULES if (s, n) != ("lcm", "edm")])
 def test_both_ends_of_the_schedule(sampler, name):
     """From t_max (alpha may be 0) straight to clean data is the denoiser's x0; many steps land on the mixture."""
     schedule, sampler = SCHEDULES[name], SAMPLERS[sampler]
@@ -358,18 +372,20 @@ def test_both_ends_of_the_schedule(sampler, name):
     straight = np.append(np.full(NUM, schedule.t_max), schedule.t_min)
     x0 = mixture_x0_noise(np.asarray(x_T, np.float64), *tables(schedule, schedule.t_max), np)[0]
     np.testing.assert_allclose(sample(sampler, name, x_T, straight, start=NUM - 1), x0, atol=1e-5)
+    if sampler is lcm:  # it lands there with a network distilled for it only
+        return
     x_0 = np.asarray(sample(sampler, name, x_T, timesteps))
     assert np.all(np.abs(x_0[..., None] - MEANS).min(-1) < 5 * STD)
     assert x_0.std() == pytest.approx(math.sqrt(MIXTURE_VARIANCE), rel=0.3)
 
 
-@pytest.mark.parametrize("sampler", [ddpm, ddim, heun, dpmpp_2m])
+@pytest.mark.parametrize("sampler", [ddpm, ddim, heun, dpmpp_2m, pndm])
 def test_float32_agrees_with_float64(sampler, monkeypatch):
     """A hundred steps lose less than 1e-4 in float32, and the noise has the state's precision."""
     # JAX draws other numbers in float64, so both runs are given the same.
     monkeypatch.setattr(
         samplers,
-        "_normal",
+        "step_noise",
         lambda key, index, shape, dtype: jnp.sin(1e3 * jnp.arange(32) + index).reshape(shape).astype(dtype),
     )
     schedule, results = Continuous("vp"), []
@@ -454,7 +470,7 @@ def test_initial_noise_and_step_noise_differ():
         assert abs(np.corrcoef(z.ravel(), np.asarray(x_T).ravel())[0, 1]) < 0.1
 
 
-@pytest.mark.parametrize("sampler", [euler, heun, dpmpp_2m])
+@pytest.mark.parametrize("sampler", [euler, heun, dpmpp_2m, pndm])
 def test_start_continues_from_the_middle(sampler):
     """From x at timesteps[10], start = 10 is the last 6 steps, with no history before them."""
     x, timesteps = normal(0), times_for("discrete")
@@ -475,7 +491,7 @@ def test_start_does_not_shift_the_noise(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_one_trace_and_free_skips(sampler):
-    """Key, start, eta and times are traced; the denoiser runs on the steps left only (Heun: twice on each)."""
+    """Key, start, eta and times are traced; the denoiser runs on the steps left only (Heun: twice on each, PNDM: once more)."""
     schedule, timesteps, traces, calls = SCHEDULES["discrete"], times_for("discrete", 6), [], []
 
     def denoise(x, t, condition=None):
@@ -501,8 +517,113 @@ def test_one_trace_and_free_skips(sampler):
     elsewhere, *_ = count(jax.random.key(0), np.append(timesteps[:-1], 1.0), 0, 0.5)
     assert len(traces) == 1
     assert all(np.abs(whole - x).max() > 1e-3 for x in (late, other, elsewhere))
-    assert full == [11 if sampler == "heun" else 6, timesteps[0]]
-    assert rest == [3 if sampler == "heun" else 2, timesteps[4]]
+    assert full == [{"heun": 11, "pndm": 7}.get(sampler, 6), timesteps[0]]
+    assert rest == [{"heun": 3, "pndm": 3}.get(sampler, 2), timesteps[4]]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_state_is_constrained_after_every_step(sampler):
+    """The constraint is told the time just reached, and the next step begins from what it answers."""
+    schedule, seen = SCHEDULES["discrete"], []
+    timesteps = make_timesteps(schedule, 4, "trailing")
+
+    def denoise(x_t, t, condition=None):
+        seen.append((float(t[0]), np.asarray(x_t)))
+        return Denoised(0.5 * x_t, x_t)
+
+    def constrain(x, s):
+        return jnp.full_like(x, s / 1000)
+
+    with jax.disable_jit():
+        x_0 = SAMPLERS[sampler](
+            denoise, schedule, jnp.ones((1, 2, 2, 1)), timesteps, jax.random.key(0), start=1, constrain=constrain
+        )
+    np.testing.assert_array_equal(x_0, timesteps[-1] / 1000)
+    looks = {"heun": [1, 2, 2, 3, 3], "pndm": [1, 2, 2, 3]}.get(sampler, [1, 2, 3])  # all after the first constrained
+    assert [t for t, _ in seen] == [timesteps[i] for i in looks]
+    np.testing.assert_array_equal(seen[0][1], 1)
+    for t, x in seen[1:]:
+        np.testing.assert_allclose(x, t / 1000, rtol=1e-6)
+
+
+def test_pndm_is_plms():
+    """The noise of four looks back, the second made from the first step's ends, in the transfer of PNDM's eq. 9."""
+    x_T, timesteps = normal(0), make_timesteps(SCHEDULES["discrete"], NUM, "leading")
+    alpha, sigma = tables(SCHEDULES["discrete"], timesteps)
+
+    def transfer(x, e, i):
+        a, a_s = alpha[i] ** 2, alpha[i + 1] ** 2
+        denominator = a * sigma[i + 1] + math.sqrt(a * (1 - a) * a_s)
+        return math.sqrt(a_s / a) * x - (a_s - a) / denominator * e
+
+    def noise(x, i):
+        return mixture_x0_noise(x, alpha[i], sigma[i], np)[1]
+
+    x = np.asarray(x_T, np.float64)
+    e = [noise(x, 0)]
+    x = transfer(x, (e[0] + noise(transfer(x, e[0], 0), 1)) / 2, 0)
+    for i in range(1, NUM):
+        e = [noise(x, i), *e]
+        if i == 1:
+            mean = (3 * e[0] - e[1]) / 2
+        elif i == 2:
+            mean = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+        else:
+            mean = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+        x = transfer(x, mean, i)
+    np.testing.assert_allclose(sample(pndm, "discrete", x_T, timesteps), x, atol=3e-5)
+
+
+@pytest.mark.parametrize(("average", "order"), [("v", 1), ("velocity", 2)])
+def test_pndm_of_other_averages(average, order):
+    """Not the same method, but it converges to the same image."""
+    schedule, x_T, differences = SCHEDULES["discrete"], normal(0), []
+    for num in (25, 100):
+        times = make_timesteps(schedule, num, "leading")
+        run = jit(lambda times: [pndm(mixture(schedule), schedule, x_T, times, average=a) for a in ("noise", average)])
+        differences.append(np.abs(np.subtract(*run(times))).max())
+    assert 1e-4 < differences[1] < differences[0] / (3 if order == 1 else 8)
+
+
+def test_lcm_renoises_a_consistent_answer():
+    """With f = c_skip x + c_out x0 with c of 10 times the network's time, x_s = alpha_s f + sigma_s z; x_0 = f."""
+    x_T, timesteps, key = normal(0), np.array([1000.0, 600, 200, 2, 0]), jax.random.key(3)
+    alpha, sigma = tables(SCHEDULES["discrete"], timesteps)
+    x = np.asarray(x_T, np.float64)
+    for i, z in enumerate(noises(key, 4, SHAPE)):
+        scaled = 10 * (timesteps[i] - 1)
+        x0 = mixture_x0_noise(x, alpha[i], sigma[i], np)[0]
+        f = 0.25 / (scaled**2 + 0.25) * x + scaled / math.sqrt(scaled**2 + 0.25) * x0
+        x = alpha[i + 1] * f + sigma[i + 1] * z
+    np.testing.assert_allclose(sample(lcm, "discrete", x_T, timesteps, key), x, atol=2e-5)
+    assert np.abs(x - mixture_x0_noise(x, alpha[3], sigma[3], np)[0]).max() > 1e-4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pairs_that_join_are_the_times(sampler):
+    """[(t, s), ...] is the same as the times, and what they constrain to is the next step's t."""
+    x_T, timesteps = normal(0), make_timesteps(SCHEDULES["discrete"], NUM, "leading")
+    pairs = np.stack([timesteps[:-1], timesteps[1:]], axis=1)
+    pairs[-1] = timesteps[-2:]
+    run = SAMPLERS[sampler]
+    whole = sample(run, "discrete", x_T, timesteps)
+    np.testing.assert_allclose(sample(run, "discrete", x_T, pairs), whole, atol=1e-5)
+    apart = pairs.copy()
+    apart[-4:-1, 1] += 5
+    assert np.abs(np.asarray(sample(run, "discrete", x_T, apart)) - whole).max() > 1e-4
+
+
+def test_pairs_are_constrained_to_the_time_of_the_next_step():
+    schedule, told = SCHEDULES["discrete"], []
+
+    def constrain(x, s):
+        told.append(float(s))
+        return x
+
+    with jax.disable_jit():
+        pairs = np.array([[999, 950], [900, 850], [100, 1]])
+        ddim(mixture(schedule), schedule, normal(0), pairs, None, constrain=constrain)
+        assert told == [900, 100, 1]
 
 
 def test_clipped_denoiser_samples_within_range():
@@ -527,6 +648,8 @@ def test_clipped_denoiser_samples_within_range():
         (functools.partial(ddpm, variance="fixed"), [2, 0], jax.random.key(0), "unknown variance 'fixed'"),
         (functools.partial(ddpm, variance="learned"), [2, 0], jax.random.key(0), "learned variance"),
         (ddim, [2], None, "at least 2 times"),
+        (ddim, [[2, 1, 0]], None, "pairs"),
+        (functools.partial(pndm, average="x0"), [2, 0], None, "unknown average 'x0'"),
         (ddpm, [2, 0], None, "one key per image"),
         (ddpm, [2, 0], jax.random.split(jax.random.key(0), 3), "2 images need one key or 2 keys"),
     ],
@@ -535,3 +658,8 @@ def test_mistakes_are_named(sampler, timesteps, key, message):
     schedule = SCHEDULES["discrete"]
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: sampler(mixture(schedule), schedule, x, np.array(timesteps), key), normal(0))
+
+
+def test_lcm_refuses_edm():
+    with pytest.raises(ValueError, match="0 on clean data"):
+        jax.eval_shape(lambda x: lcm(mixture(EDMSchedule()), EDMSchedule(), x, np.array([2, 0]), None), normal(0))
