@@ -107,7 +107,7 @@ def test_everything_wrong_is_said_in_one_line():
     assert str(error.value) == (
         "the weights are not this model's. missing: encoder.conv_in.weight; unused: encoder.conv_inn.weight; "
         "misshapen: decoder.conv_out.weight is [8, 4, 3, 3], should be [4, 8, 3, 3], "
-        "decoder.conv_norm_out.bias holds int64, should hold floating-point numbers"
+        "decoder.conv_norm_out.bias holds int64, should hold one of float16, bfloat16, float32, float64"
     )
     with pytest.raises(ValueError, match=r"missing: .* and \d+ more"):
         to_ours({}, rules, shapes)
