@@ -1,9 +1,10 @@
-"""Score images: inception score, FID and their kin; or a diffusion run's likelihood.
+"""Score images: inception score, FID and their kin; or a run's likelihood, or an autoencoder's reconstructions.
 
     python evaluate.py --workdir runs/mnist --metrics fid,is,kid,pr --num 5000
     python evaluate.py --images samples/ --reference photos/ --metrics fid
     python evaluate.py --make_reference --data tfds:cifar10 --out cifar10-train.npz
     python evaluate.py --workdir runs/digits --metrics bpd
+    python evaluate.py --workdir runs/emoji_vae --metrics psnr,ssim,rfid
 
 A run's samples are scored against its own data set, unless --reference says otherwise. --images, --reference and --data take a
 folder, an .npz file of images (`images` or `arr_0`, uint8 [n h w c]) or a data source (digits, mnist, tfds:<name>); --reference
@@ -11,6 +12,7 @@ also a statistics file (.npz with `mu` and `sigma`, this command's or another to
 
 fid   Frechet inception distance          is   inception score           kid  kernel inception distance
 sfid  the same of an inner layer          pr   precision and recall      bpd  bits per dimension, by the bound and the ODE
+psnr, ssim, rfid   of an autoencoder's reconstructions: dB, structural similarity, fid against the originals
 
 The table is printed and added to results.json in the workdir (for --images: NAME_results.json beside them) with all that it takes
 to make it again; evaluation.png shows images and, for `is`, their classes. Scores of any network but FID's own carry its name.
@@ -25,15 +27,7 @@ from jaxdiff import command_line
 from jaxdiff.config import Config, ConfigError
 from jaxdiff.evaluation.extractors import load_extractor
 from jaxdiff.evaluation.images import open_images
-from jaxdiff.tasks.evaluate import (
-    Reference,
-    Results,
-    evaluate_images,
-    evaluate_likelihood,
-    evaluate_samples,
-    make_reference,
-    read_results,
-)
+from jaxdiff.tasks import evaluate as tasks
 from jaxdiff.tasks.run import load_run
 from jaxdiff.tasks.score import Scorer, local_mesh
 
@@ -49,8 +43,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--workdir", help="score samples of this run")
     what.add_argument("--images", help="score these images")
     what.add_argument("--make_reference", action="store_true", help="write the statistics of --data to --out")
-    parser.add_argument("--metrics", default="fid,is", help="of fid, sfid, is, kid, pr, bpd (default fid,is)")
-    parser.add_argument("--num", type=int, help="how many images (default: 5000 samples, 256 for bpd, all of --images)")
+    parser.add_argument("--metrics", default="fid,is", help="of the names below (default fid,is)")
+    parser.add_argument("--num", type=int, help="how many images (default: 5000 samples, 256 for bpd, else all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample, and of every random choice")
     parser.add_argument("--reference", help="what to compare with (default with --workdir: the run's data)")
     parser.add_argument("--data", help="with --make_reference: the images")
@@ -63,30 +57,39 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results]:
+def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[tasks.Results]:
     """The results asked for, one after the other."""
     run = load_run(args.workdir) if args.workdir else None
     sampling = command_line.sampling_settings(args, run.task.config, args.num or 5000) if run else None
     if run and "bpd" in metrics:
-        yield evaluate_likelihood(run, args.data_dir, args.split, args.num or 256, args.seed, args.ode_steps)
+        yield tasks.evaluate_likelihood(run, args.data_dir, args.split, args.num or 256, args.seed, args.ode_steps)
         metrics = [name for name in metrics if name != "bpd"]
+
+    def make_scorer() -> Scorer:
+        mesh = local_mesh(run.task.config if run else Config())
+        return Scorer(load_extractor(args.extractor, args.weights, args.precision), mesh, args.extract_batch)
+
+    if run and (asked := [name for name in metrics if name in tasks.RECONSTRUCTION_METRICS]):
+        yield tasks.evaluate_reconstructions(asked, run, make_scorer, args.data_dir, args.split, args.num, args.seed)
+        metrics = [name for name in metrics if name not in asked]
     if not metrics:
         return
-    mesh = local_mesh(run.task.config if run else Config())
-    scorer = Scorer(load_extractor(args.extractor, args.weights, args.precision), mesh, args.extract_batch)
+    if run and sampling:
+        run.task.describe_sampling(sampling)  # says so where a run makes no samples
+    scorer = make_scorer()
     options, split, size = command_line.score_options(args), args.split or "train", args.image_size
     if run:
-        reference = Reference(args.reference or "", args.data_dir, split, size or run.task.config.data.image_size)
+        reference = tasks.Reference(args.reference or "", args.data_dir, split, size or run.task.config.data.image_size)
         workdir, num = pathlib.Path(args.workdir), args.num or 5000
-        yield evaluate_samples(metrics, run, workdir, reference, scorer, options, num, args.seed, sampling)
+        yield tasks.evaluate_samples(metrics, run, workdir, reference, scorer, options, num, args.seed, sampling)
         return
     name = args.data if args.make_reference else args.images
     images = open_images(name, args.data_dir, split, size=size, num=args.num, seed=args.seed)
     if args.make_reference:
-        yield make_reference(images, scorer, pathlib.Path(args.out))
+        yield tasks.make_reference(images, scorer, pathlib.Path(args.out))
     else:
-        compared = Reference(args.reference, args.data_dir, split, size) if args.reference else None
-        yield evaluate_images(metrics, images, compared, scorer, options)
+        compared = tasks.Reference(args.reference, args.data_dir, split, size) if args.reference else None
+        yield tasks.evaluate_images(metrics, images, compared, scorer, options)
 
 
 def main() -> None:
@@ -99,7 +102,7 @@ def main() -> None:
         place = pathlib.Path(args.workdir or args.images or args.out)
         name = "results.json" if args.workdir else f"{place.stem}_results.json"
         path = pathlib.Path(args.out or (place if args.workdir else place.parent)) / name
-        read_results(path)  # so that a file that cannot be added to is found out first
+        tasks.read_results(path)  # so that a file that cannot be added to is found out first
         try:
             for results in results_of(args, metrics):
                 for line in results.warnings:

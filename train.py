@@ -32,7 +32,12 @@ def main() -> None:
         sys.exit(128 + outcome.stopped_by)
     curves = " and curves.png" if (workdir / "curves.png").exists() else ""
     print(f"done at step {outcome.step}: see samples/{curves} in {workdir}")
-    print(f"to make images: python sample.py --workdir {shlex.quote(str(workdir))} --num 16 --out samples/")
+    where = shlex.quote(str(workdir))
+    if config.task == "autoencoder":
+        print(f"how well it reconstructs: python evaluate.py --workdir {where} --metrics psnr,ssim,rfid")
+        print(f"to train in its latents: python train.py --config configs/emoji_text.py --config.autoencoder={where}")
+    else:
+        print(f"to make images: python sample.py --workdir {where} --num 16 --out samples/")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ network      UNet
 loss         noise_mse, diffusion_loss
 denoising    make_denoiser, classifier_free_guidance, clip_x0, dynamic_threshold
 sampling     SAMPLERS, make_timesteps, initial_noise, to_uint8, from_uint8, image_grid
+images       text_to_image, image_to_image, inpaint, interpolate (of a run or any other pipeline), ImageModel
 likelihood   variational_bound, ode_log_likelihood, gaussian_kl
 autoencoders ConvVAE, Gaussian, normal_log_density, discretized_normal_log_likelihood, autoencoder_elbo,
              log_importance_weight, iwae_bound, nats_to_bits_per_dim
 scores       load_extractor, Moments, frechet_distance, frechet_infinite, kernel_distance, inception_score, precision_recall
+checkpoints  load_stable_diffusion, StableDiffusion
 whole runs   default_config, to_config, DiffusionTask, train_run, load_run
 """
 
@@ -43,7 +45,9 @@ from jaxdiff.evaluation.kernel import kernel_distance
 from jaxdiff.evaluation.moments import Moments
 from jaxdiff.evaluation.neighbours import precision_recall
 from jaxdiff.generation.generate import from_uint8, to_uint8
+from jaxdiff.generation.image_model import ImageModel
 from jaxdiff.generation.pictures import image_grid
+from jaxdiff.generation.pipelines import image_to_image, inpaint, interpolate, text_to_image
 from jaxdiff.losses import (
     autoencoder_elbo,
     diffusion_loss,
@@ -59,6 +63,7 @@ from jaxdiff.models.unet import UNet
 from jaxdiff.models.vae import ConvVAE
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.run import load_run
+from jaxdiff.tasks.stable_diffusion import StableDiffusion, load_stable_diffusion
 from jaxdiff.tasks.train import train_run
 
 __version__ = "0.1.0"
@@ -71,8 +76,10 @@ __all__ = [
     "EDMSchedule",
     "FlowSchedule",
     "Gaussian",
+    "ImageModel",
     "Loader",
     "Moments",
+    "StableDiffusion",
     "UNet",
     "autoencoder_elbo",
     "classifier_free_guidance",
@@ -87,13 +94,17 @@ __all__ = [
     "from_uint8",
     "gaussian_kl",
     "image_grid",
+    "image_to_image",
     "inception_score",
     "initial_noise",
+    "inpaint",
+    "interpolate",
     "iwae_bound",
     "kernel_distance",
     "linear_betas",
     "load_extractor",
     "load_run",
+    "load_stable_diffusion",
     "log_importance_weight",
     "make_denoiser",
     "make_timesteps",
@@ -108,6 +119,7 @@ __all__ = [
     "q_step",
     "rescale_zero_terminal_snr",
     "scaled_linear_betas",
+    "text_to_image",
     "to_config",
     "to_uint8",
     "train_run",

@@ -8,6 +8,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 from absl import flags
@@ -17,7 +18,8 @@ from jaxdiff.config import Config, ConfigError, SamplingConfig, check, to_config
 from jaxdiff.evaluation.extractors import EXTRACTORS, PRECISIONS
 from jaxdiff.evaluation.scores import NEED_REFERENCE, Options, check_metrics
 from jaxdiff.files import cache_folder
-from jaxdiff.tasks.evaluate import ALL_METRICS
+from jaxdiff.tasks.evaluate import ALL_METRICS, RECONSTRUCTION_METRICS
+from jaxdiff.tasks.stable_diffusion import StableDiffusion
 from jaxdiff.training.checkpoints import CheckpointError
 from jaxdiff.training.loop import NonFiniteLossError
 
@@ -104,7 +106,7 @@ def set_up_compilation_cache() -> None:
 
 SAMPLING_FLAGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
 SAMPLING_HELP = {
-    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral",
+    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral | pndm | lcm",
     "steps": "steps of the sampler; more is slower and better",
     "spacing": "where the steps lie: linspace | leading | trailing | karras",
     "eta": "ddim: 0 deterministic ... 1 as random as ddpm",
@@ -140,24 +142,46 @@ def add_sampling_flags(parser: argparse._ActionsContainer) -> None:
 
 def sampling_settings(args: argparse.Namespace, config: Config, num: int) -> SamplingConfig:
     """The run's sampling settings with the flags' changes, for `num` images from --seed on. Raises ConfigError."""
-    changes = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
+    changes = _changes(args)
     for name in changes:
         if config.task != "diffusion" and name != "batch_per_device":
             raise ConfigError(f"--{name} belongs to diffusion models, and this run is of task {config.task!r}")
+    settings = dataclasses.replace(config.sampling, **changes)
+    _check_settings(dataclasses.replace(config, sampling=settings), args, num)
+    return settings
+
+
+def model_settings(args: argparse.Namespace, model: StableDiffusion, num: int) -> SamplingConfig:
+    """As `sampling_settings`, of a checkpoint, whose scheduler's file decides what no flag says. Raises ConfigError."""
+    changes = _changes(args)
+    if "variance" in changes:
+        raise ConfigError("--variance: of --model the scheduler's file says it")
+    settings = dataclasses.replace(model.settings, **changes)
+    plain = dataclasses.replace(settings, spacing="trailing", clip="clip")
+    _check_settings(dataclasses.replace(Config(), sampling=plain), args, num)
+    model.check(settings)
+    return settings
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    """What the sampling flags change."""
+    changes = {name: getattr(args, name) for name in SAMPLING_FLAGS if getattr(args, name) is not None}
     for name, value in changes.items():
         choices = getattr(SAMPLING_FLAGS[name].type, "__args__", None)
         if choices and value not in choices:
             raise ConfigError(f"--{name} {value}: must be one of {', '.join(choices)}")
-    settings = dataclasses.replace(config.sampling, **changes)
+    return changes
+
+
+def _check_settings(config: Config, args: argparse.Namespace, num: int) -> None:
     try:
-        check(dataclasses.replace(config, sampling=settings))
+        check(config)
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.sampling.", "--")) from error
     if num < 1:
         raise ConfigError(f"--num {num}: must be at least 1")
     if not 0 <= args.seed <= 2**32 - num:
         raise ConfigError(f"--seed {args.seed}: the seeds of {num} images must lie from 0 to 2**32 - 1")
-    return settings
 
 
 def add_score_flags(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +229,9 @@ def check_evaluation_flags(args: argparse.Namespace) -> list[str]:
         raise ConfigError("--data goes with --make_reference: use --images or --reference")
     if "bpd" in metrics and not args.workdir and not args.make_reference:
         raise ConfigError("--metrics bpd is the likelihood of a model: it needs --workdir")
+    of_runs = [name for name in metrics if name in RECONSTRUCTION_METRICS]
+    if of_runs and not args.workdir:
+        raise ConfigError(f"--metrics {','.join(of_runs)}: how an autoencoder reconstructs needs its --workdir")
     wants = [name for name in metrics if name in NEED_REFERENCE] + ["--marginal real"] * (args.marginal == "real")
     if args.images and wants and not args.reference:
         raise ConfigError(f"{', '.join(wants)} of --images needs --reference: a folder, an .npz file or a data source")

@@ -48,6 +48,7 @@ class ModelConfig:
     num_heads: int = 1
     dropout: float = 0.1
     patch_size: int = 1  # space-to-depth at the door
+    position_embedding: bool = False  # sines of row and column at the door: good where patches leave few positions
     num_classes: int = 0  # 0: unconditional; -1: as many as the data has (resolved when training starts)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -67,6 +68,8 @@ class TextConfig:
     num_layers: int = 2
     num_heads: int = 4
     dropout: float = 0.1  # fraction of captions replaced by the empty one, for classifier-free guidance
+    pooled: bool = False  # the mean of the text's vectors goes to every residual block, too, by the side of the time
+    pretrained: str = ""  # folder of a CLIP text encoder, used as it is, with its tokenizer; "" = trained along
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,26 @@ class VAEConfig:
     likelihood: Literal["discretized", "gaussian", "bernoulli"] = "discretized"  # p(x | z) of a pixel
     beta: float = 1.0  # weight of the KL divergence
     free_bits: float = 0.0  # nats that a latent may have for nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """The first stage of latent diffusion (`jaxdiff.models.vae.AutoencoderKL`), its discriminator and its loss."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)  # every level but the first halves the image: f = 8
+    num_res_blocks: int = 2
+    latent_channels: int = 4
+    reconstruction: Literal["l1", "l2"] = "l1"
+    perceptual: Literal["none", "efficientnet-lite0", "lpips"] = "none"
+    perceptual_weight: float = 1.0
+    perceptual_files: str = ""  # lpips: folder of its weights
+    kl_weight: float = 1e-6  # of the sum over the latents, where reconstruction is the sum over the pixels
+    adversarial: Literal["hinge", "non_saturating"] = "hinge"
+    discriminator_weight: float = 0.5  # times the adaptive weight; 0 = no discriminator
+    discriminator_start: int = 50_000  # step at which it begins
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +118,9 @@ class DiffusionConfig:
     learned_variance: bool = False
     loss: Literal["simple", "min_snr", "vlb", "hybrid"] = "simple"
     min_snr_gamma: float = 5.0
+    min_snr_floor: float = 0.0  # x0's error is weighed by max(SNR, floor) where that is less than gamma
     label_dropout: float = 0.1  # fraction of labels replaced by the null label, for classifier-free guidance
+    inpainting: bool = False  # the network sees a mask and what is known, too: for inpainting by mask channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +165,7 @@ class ShardingConfig:
 class SamplingConfig:
     """Defaults of `sample.py` and of the grids made during training."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m", "euler_ancestral"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m", "euler_ancestral", "pndm", "lcm"] = "ddim"
     steps: int = 50
     spacing: Literal["linspace", "leading", "trailing", "karras"] = "trailing"
     eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
@@ -170,12 +195,14 @@ class EvaluationConfig:
 class Config:
     """A whole run."""
 
-    task: Literal["diffusion", "vae"] = "diffusion"
+    task: Literal["diffusion", "vae", "autoencoder"] = "diffusion"
     seed: int = 0
+    autoencoder: str = ""  # diffusion in its latents: workdir of a trained one, or folder of one in diffusers' layout
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
     vae: VAEConfig = VAEConfig()
+    autoencoder_kl: AutoencoderConfig = AutoencoderConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -184,9 +211,21 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
 
-# What may change when a run goes on in its workdir; everything else defines the run.
-CHANGEABLE = ("sampling.", "evaluation.", "sharding.", "training.num_steps", "training.log_every", "training.checkpoint_every",
-              "training.sample_every", "training.keep_checkpoints", "data.dir", "data.num_threads")  # fmt: skip
+# What may change when a run goes on in its workdir; everything else defines the run. (Folders may have moved: what was in
+# those of `autoencoder` and `text.pretrained` is kept in the workdir, and compared.)
+CHANGEABLE_SECTIONS = ("sampling.", "evaluation.", "sharding.")
+CHANGEABLE_KEYS = {
+    *(
+        f"training.{name}"
+        for name in ("num_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints")
+    ),
+    *("data.dir", "data.num_threads", "autoencoder", "text.pretrained"),
+}
+
+
+def may_change(name: str) -> bool:
+    """Whether a run may go on with another value of the key called `name`."""
+    return name in CHANGEABLE_KEYS or name.startswith(CHANGEABLE_SECTIONS)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -262,7 +301,19 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
 
 def check(config: Config) -> None:
     """Refuse what cannot work, whatever the data and the machine. Raises ConfigError."""
-    of_task = {"diffusion": (_model_rules, _diffusion_rules, _sampling_rules, _text_rules), "vae": (_vae_rules,)}
+    of_task = {
+        "diffusion": (
+            _model_rules,
+            _size_rules,
+            _diffusion_rules,
+            _floor_rules,
+            _sampling_rules,
+            _latent_rules,
+            _text_rules,
+        ),
+        "vae": (_vae_rules,),
+        "autoencoder": (_autoencoder_rules,),
+    }
     for rules in (_range_rules, *of_task[config.task], _evaluation_rules):
         for holds, message in rules(config):
             if not holds:
@@ -270,6 +321,13 @@ def check(config: Config) -> None:
 
 
 Rules = Iterator[tuple[bool, str]]  # what must hold, and what to say after "config." if it does not
+
+
+def check_latent_size(config: Config, size: int) -> None:
+    """Refuse a U-Net that latents of size x size do not fit, once the autoencoder is known. Raises ConfigError."""
+    for holds, message in _fitting_rules(config, size, f"latents of {size}x{size}: {size}"):
+        if not holds:
+            raise ConfigError(f"config.{message}")
 
 
 def _range_rules(config: Config) -> Rules:
@@ -303,10 +361,16 @@ _AT_LEAST_ONE = (
     *("training.keep_checkpoints", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"),
     *("evaluation.batch_per_device", "text.width", "text.num_layers", "text.num_heads"),
     *("vae.latent_dim", "vae.hidden"),
+    *(f"autoencoder_kl.{name}" for name in ("channels", "num_res_blocks", "latent_channels")),
+    *(f"autoencoder_kl.discriminator_{name}" for name in ("channels", "layers")),
 )
 _NOT_NEGATIVE = (
     *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
-    *("seed", "sampling.guidance", "evaluation.every", "vae.beta", "vae.free_bits"),
+    *("seed", "sampling.guidance", "diffusion.min_snr_floor", "evaluation.every", "vae.beta", "vae.free_bits"),
+    *(
+        f"autoencoder_kl.{name}"
+        for name in ("perceptual_weight", "kl_weight", "discriminator_weight", "discriminator_start")
+    ),
 )
 _FRACTIONS = (
     *("diffusion.label_dropout", "text.dropout", "sampling.eta"),
@@ -324,6 +388,37 @@ def _vae_rules(config: Config) -> Rules:
         f"model.num_classes = {config.model.num_classes} must be 0: a VAE has no condition",
     )
     yield not config.text.enabled, "text.enabled = True: a VAE has no condition"
+
+
+def _autoencoder_rules(config: Config) -> Rules:
+    settings, size = config.autoencoder_kl, config.data.image_size
+    multipliers = settings.channel_multipliers
+    yield (
+        min(multipliers, default=0) >= 1,
+        f"autoencoder_kl.channel_multipliers = {multipliers} must hold positive integers",
+    )
+    factor = 2 ** (len(multipliers) - 1)
+    yield (
+        size % factor == 0,
+        f"data.image_size = {size} must be divisible by {factor} (halved {len(multipliers) - 1} times)",
+    )
+    least = 3 * 2**settings.discriminator_layers
+    yield (
+        size >= least or settings.discriminator_weight == 0,
+        f"data.image_size = {size} must be at least {least} for {settings.discriminator_layers} discriminator_layers",
+    )
+    yield (
+        settings.perceptual != "lpips" or settings.perceptual_files != "",
+        "autoencoder_kl.perceptual = 'lpips' needs the folder of its weights in config.autoencoder_kl.perceptual_files",
+    )
+    yield (
+        config.training.accumulation_steps == 1,
+        f"training.accumulation_steps = {config.training.accumulation_steps} must be 1: an autoencoder's step is not split",
+    )
+    classes = config.model.num_classes
+    yield classes == 0, f"model.num_classes = {classes} must be 0: an autoencoder has no condition"
+    yield not config.text.enabled, "text.enabled = True: an autoencoder has no condition"
+    yield config.autoencoder == "", f"autoencoder = {config.autoencoder!r} is for task 'diffusion'; here one is trained"
 
 
 def _text_rules(config: Config) -> Rules:
@@ -362,26 +457,79 @@ TRAINING_METRICS = ("fid", "sfid", "is", "kid", "pr")
 
 
 def _model_rules(config: Config) -> Rules:
-    model, size = config.model, config.data.image_size
+    model = config.model
+    yield (
+        not model.position_embedding or model.channels % 4 == 0,
+        f"model.channels = {model.channels} must be a multiple of 4 for position_embedding",
+    )
     yield model.num_classes >= -1, f"model.num_classes = {model.num_classes} must be -1 (as the data), 0 (none) or more"
     multipliers = model.channel_multipliers
     yield min(multipliers, default=0) >= 1, f"model.channel_multipliers = {multipliers} must hold positive integers"
-    halvings = len(multipliers) - 1
-    factor = model.patch_size * 2**halvings
-    yield (
-        size % factor == 0,
-        f"data.image_size = {size} must be divisible by {factor} (patch_size {model.patch_size}, halved {halvings} times)",
-    )
-    sides = [size // model.patch_size // 2**level for level in range(halvings + 1)]
-    for side in model.attention_resolutions:
-        listed = ", ".join(map(str, sides))
-        yield side in sides, f"model.attention_resolutions: {side} is not a side of this U-Net, which has {listed}"
     yield (
         model.attention_implementation != "cudnn" or model.dtype == "bfloat16",
         f"model.attention_implementation = 'cudnn' needs config.model.dtype = 'bfloat16', not {model.dtype!r}",
     )
     for width in {model.channels * multiplier for multiplier in multipliers}:
         yield width % model.num_heads == 0, f"model.num_heads = {model.num_heads} must divide {width} channels"
+
+
+def _floor_rules(config: Config) -> Rules:
+    diffusion = config.diffusion
+    yield (
+        diffusion.min_snr_floor == 0 or diffusion.prediction != "noise",
+        "diffusion.min_snr_floor must be 0 for prediction = 'noise', whose error at high noise would count without bound",
+    )
+    yield (
+        diffusion.min_snr_floor < diffusion.min_snr_gamma,
+        f"diffusion.min_snr_floor = {diffusion.min_snr_floor} must be below min_snr_gamma = {diffusion.min_snr_gamma}",
+    )
+
+
+def _size_rules(config: Config) -> Rules:
+    if not config.autoencoder:  # whose latents' size is not known yet
+        size = config.data.image_size
+        yield from _fitting_rules(config, size, f"data.image_size = {size}")
+
+
+def _fitting_rules(config: Config, size: int, name: str) -> Rules:
+    model = config.model
+    halvings = len(model.channel_multipliers) - 1
+    factor = model.patch_size * 2**halvings
+    yield (
+        size % factor == 0,
+        f"{name} must be divisible by {factor} (patch_size {model.patch_size}, halved {halvings} times)",
+    )
+    sides = [size // model.patch_size // 2**level for level in range(halvings + 1)]
+    for side in model.attention_resolutions:
+        listed = ", ".join(map(str, sides))
+        yield side in sides, f"model.attention_resolutions: {side} is not a side of this U-Net, which has {listed}"
+
+
+def _latent_rules(config: Config) -> Rules:
+    latents = config.data.source == "latents"
+    yield (
+        not latents or config.autoencoder != "",
+        "data.source = 'latents' needs the autoencoder that made them: config.autoencoder",
+    )
+    yield (
+        not config.autoencoder or config.sampling.clip == "none",
+        f"sampling.clip = {config.sampling.clip!r} is for pixels in [-1, 1]: with config.autoencoder it must be 'none'",
+    )
+    yield (
+        not latents or not config.diffusion.inpainting,
+        "diffusion.inpainting = True encodes what each mask leaves: it needs the images, not data.source = 'latents'",
+    )
+    yield (
+        not latents or not config.evaluation.every,
+        "evaluation.every: scores compare with the training images, which data.source = 'latents' does not have",
+    )
+    for name in ("pretrained", "pooled"):
+        wanted = bool(getattr(config.text, name))
+        yield config.text.enabled or not wanted, f"text.{name} is set, but config.text.enabled is False"
+    yield (
+        not (config.text.pretrained and config.text.tokenizer),
+        "text.pretrained brings its own tokenizer: leave config.text.tokenizer empty",
+    )
 
 
 def _diffusion_rules(config: Config) -> Rules:

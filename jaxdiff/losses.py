@@ -1,6 +1,6 @@
 """What is minimised. Diffusion: the plain loss and its weightings, the variational bound, the hybrid of both.
 
-Autoencoders: the evidence lower bound, its importance-weighted kin, and the adversarial terms.
+Autoencoders: the evidence lower bound, its importance-weighted kin, the adversarial terms, and a perceptual distance.
 
 L_simple: Ho et al. 2020 (https://arxiv.org/abs/2006.11239), eq. 14. Min-SNR: Hang et al. 2023
 (https://arxiv.org/abs/2303.09556). Hybrid: Nichol & Dhariwal 2021 (https://arxiv.org/abs/2102.09672), eq. 16.
@@ -10,12 +10,13 @@ The terms of the bound are in `jaxdiff.diffusion.likelihood`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from jaxdiff.diffusion.likelihood import (
     Variance,
@@ -70,17 +71,20 @@ def min_snr_weight(
     sigma: Float[Array, "*b"],
     gamma: float = 5.0,
     sigma_data: float = 0.5,
+    floor: float = 0.0,
 ) -> Float[Array, "*b"]:
     """min(SNR, gamma) / x0_weight: the plain loss times this weighs x0's error by min(SNR, gamma) (Hang et al. 2023).
 
-    Finite for alpha = 0 and sigma = 0. At zero terminal SNR the weight is 0: the last noise level is then not learned.
+    Finite for alpha = 0 and sigma = 0. At zero terminal SNR the weight is 0: the last noise level is then not learned. With
+    a `floor` it is max(SNR, floor), as in Salimans & Ho 2022 (https://arxiv.org/abs/2202.00512, section 4) with floor 1: so
+    the levels where little but the condition is to be seen count, too. A floor is of no use for predicting the noise.
     """
     if prediction == "noise":
         return jnp.minimum(1.0, gamma * sigma**2 / alpha**2)
     if prediction == "x0":
-        return jnp.minimum(alpha**2 / sigma**2, gamma)
+        return jnp.clip(alpha**2 / sigma**2, floor, gamma)
     weight = _sigma_squared_x0_weight(prediction, alpha, sigma, sigma_data)
-    return jnp.minimum(alpha**2, gamma * sigma**2) / weight
+    return jnp.clip(alpha**2, floor * sigma**2, gamma * sigma**2) / weight
 
 
 def _sigma_squared_x0_weight(
@@ -125,11 +129,13 @@ def diffusion_loss(
     learned_variance: bool = False,
     sigma_data: float | None = None,
     gamma: float = 5.0,
+    floor: float = 0.0,
 ) -> tuple[Float[Array, " b"], dict[str, Float[Array, " b"]]]:
     """Loss of each image at one random time, and metrics; image i's time and noise come from keys[i] alone.
 
     "simple": mean squared error of the network's output against its target. For noise it is L_simple, for velocity the
-    flow-matching loss, for EDM the loss of Karras et al. 2022, eq. 8. "min_snr": the same times `min_snr_weight`.
+    flow-matching loss, for EDM the loss of Karras et al. 2022, eq. 8. "min_snr": the same times `min_snr_weight`, of which
+    gamma and floor are.
     "vlb": unbiased estimate of the variational bound in bits/dim (variance learned, else "fixed_small").
     "hybrid": simple + 0.001 vlb, where the bound trains the learned variance only.
     """
@@ -146,7 +152,7 @@ def diffusion_loss(
     if loss == "simple":
         return mse, metrics
     if loss == "min_snr":
-        return mse * min_snr_weight(prediction, alpha, sigma, gamma, sigma_data), metrics
+        return mse * min_snr_weight(prediction, alpha, sigma, gamma, sigma_data, floor), metrics
     assert isinstance(schedule, DiscreteSchedule)
     denoised = Denoised(*to_x0_noise(prediction, predicted, x_t, alpha, sigma, sigma_data), variance_fraction)
     if loss == "hybrid":
@@ -303,3 +309,92 @@ def adaptive_weight(
 
 def _mean_over_patches(values: Float[Array, " b *s"]) -> Float[Array, " b"]:
     return values.mean(tuple(range(1, values.ndim)))
+
+
+def perceptual_distance(
+    maps: Sequence[Float[Array, "b _ _ _"]],
+    other_maps: Sequence[Float[Array, "b _ _ _"]],
+    weights: Sequence[Float[Array, " _"]] | None = None,
+) -> Float[Array, " b"]:
+    """How far apart two images are to a network, by its feature maps at several depths (Zhang et al. 2018, eq. 1).
+
+    Every pixel's features are scaled to length 1; squared differences are summed over the channels, `weights` weighing them,
+    averaged over the pixels, and summed over the maps (LPIPS). Without weights it is the maps' mean, between 0 and 4.
+    """
+    total = jnp.zeros(maps[0].shape[0])
+    for i, (ours, theirs) in enumerate(zip(maps, other_maps, strict=True)):
+        squared = (_unit_length(ours) - _unit_length(theirs)) ** 2
+        weight = jnp.full(squared.shape[-1], 1 / len(maps)) if weights is None else weights[i]
+        total += (squared * weight[None, None, None]).sum(-1).mean((1, 2))
+    return total
+
+
+def _unit_length(features: Float[Array, "b h w c"], epsilon: float = 1e-10) -> Float[Array, "b h w c"]:
+    # Under the root, so that the gradient is finite where all features are 0.
+    return features / jnp.sqrt((features**2).sum(-1, keepdims=True) + epsilon**2)
+
+
+# Generative adversarial networks --------------------------------------------------------------------------------------
+#
+# Wasserstein's loss with a gradient penalty (Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028) as the progressive GAN
+# has it (Karras et al. 2018, https://arxiv.org/abs/1710.10196, appendix A.1); R1 (Mescheder et al. 2018,
+# https://arxiv.org/abs/1801.04406); the class term of AC-GAN (Odena et al. 2017, https://arxiv.org/abs/1610.09585). A critic is
+# a function from images to scores, high for real. The generator's losses are `hinge_generator_loss` (Wasserstein's, too) and
+# `non_saturating_generator_loss`.
+
+Critic = Callable[[Float[Array, "b h w c"]], Float[Array, " b"]]
+
+
+def mix_images(
+    x: Float[Array, "b h w c"], x_fake: Float[Array, "b h w c"], keys: Key[Array, " b"]
+) -> Float[Array, "b h w c"]:
+    """A point on the line between each real image and a generated one, drawn uniformly by the image's own key."""
+    weight = jax.vmap(jax.random.uniform)(keys)[:, None, None, None]
+    return x + weight * (x_fake - x)
+
+
+def input_gradient(critic: Critic, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Gradient of sum(D(x)) in x.
+
+    Of the sum over the batch, not of each image by itself: with minibatch statistics an image counts in the others' scores.
+    """
+    return jax.grad(lambda x: critic(x).sum())(x)
+
+
+def gradient_penalty(critic: Critic, x: Float[Array, "b h w c"], gamma: float = 1.0) -> Float[Array, " b"]:
+    """(|grad| - gamma)^2 / gamma^2 at each image: 0 where the critic is as steep as gamma (Karras et al. 2018, table 4).
+
+    x: images of `mix_images`. gamma is 750 for the paper's CIFAR-10, else 1.
+    """
+    squared = sum_over_dimensions(input_gradient(critic, x) ** 2)
+    flat = squared == 0  # where the root has no slope: nothing to learn from there, rather than NaN
+    norm = jnp.where(flat, 0.0, jnp.sqrt(jnp.where(flat, 1.0, squared)))
+    return (norm / gamma - 1) ** 2
+
+
+def wgan_gp_discriminator_loss(
+    real: Float[Array, " b"],
+    fake: Float[Array, " b"],
+    penalty: Float[Array, " b"],
+    weight: float = 10.0,
+    drift: float = 1e-3,
+) -> Float[Array, " b"]:
+    """D(fake) - D(real) + weight * `gradient_penalty` + drift * D(real)^2, which keeps the scores near 0."""
+    return fake - real + weight * penalty + drift * real**2
+
+
+def r1_penalty(critic: Critic, x: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+    """|grad|^2 / 2 at each real image (Mescheder et al. 2018, eq. 9, without its gamma)."""
+    return 0.5 * sum_over_dimensions(input_gradient(critic, x) ** 2)
+
+
+def r1_discriminator_loss(
+    real: Float[Array, " b"], fake: Float[Array, " b"], penalty: Float[Array, " b"], weight: float = 10.0
+) -> Float[Array, " b"]:
+    """-log D(real) - log(1 - D(fake)) + weight * `r1_penalty`, D = sigmoid(score); goes with the non-saturating generator."""
+    return jax.nn.softplus(-real) + jax.nn.softplus(fake) + weight * penalty
+
+
+def class_loss(logits: Float[Array, "b k"], label: Int[Array, " b"]) -> Float[Array, " b"]:
+    """-log p(label) in nats, by AC-GAN's second head: the discriminator's on reals and fakes, the generator's on fakes."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)

@@ -4,7 +4,17 @@ import json
 
 import pytest
 
-from jaxdiff.config import CHANGEABLE, Config, ConfigError, default_config, flatten, to_config, to_json
+from jaxdiff.config import (
+    CHANGEABLE_KEYS,
+    CHANGEABLE_SECTIONS,
+    Config,
+    ConfigError,
+    default_config,
+    flatten,
+    may_change,
+    to_config,
+    to_json,
+)
 from tests.tiny import tiny_config
 
 
@@ -58,6 +68,10 @@ IMPOSSIBLE = [
     ),
     ({"diffusion.beta_start": 0.5}, "0 < beta_start < beta_end < 1"),
     ({"diffusion.label_dropout": 1.5}, "must lie between 0 and 1"),
+    ({"diffusion.min_snr_floor": 1.0}, "min_snr_floor must be 0 for prediction = 'noise'"),
+    ({"diffusion.min_snr_floor": 5.0, "diffusion.prediction": "x0"}, "must be below min_snr_gamma"),
+    ({"model.position_embedding": True, "model.channels": 18}, "model.channels = 18 must be a multiple of 4"),
+    ({"text.pooled": True}, "text.pooled is set, but config.text.enabled is False"),
     ({"training.batch_size": 0}, "must be at least 1"),
     ({"training.accumulation_steps": 3}, "must be divisible by accumulation_steps = 3"),
     ({"optimizer.learning_rate": 0.0}, "must be positive"),
@@ -81,7 +95,9 @@ def test_the_impossible_is_refused_in_one_line(changes, message):
 
 def test_what_may_change_exists():
     names = flatten(Config())
-    assert all(any(name.startswith(prefix) for name in names) for prefix in CHANGEABLE)
+    assert set(names) >= CHANGEABLE_KEYS
+    assert all(any(name.startswith(prefix) for name in names) for prefix in CHANGEABLE_SECTIONS)
+    assert may_change("autoencoder") and not may_change("autoencoder_kl.channels")
 
 
 def test_choices_are_those_of_the_library():

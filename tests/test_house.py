@@ -25,6 +25,7 @@ ALLOWED = {
     "generation": GROUND | LOWEST | {"losses", "evaluation"},
     "tasks": GROUND | LOWEST | {"losses", "evaluation", "training", "generation"},
     "command_line": GROUND | {"tasks", "training", "evaluation"},
+    "encode": GROUND | {"tasks", "command_line"},
 }
 
 

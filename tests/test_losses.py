@@ -100,6 +100,8 @@ def test_min_snr_is_the_papers_for_every_snr():
     snr = np.array([1e-4, 0.5, 4.9, 5.1, 300.0])
     alpha, sigma = jnp.asarray(np.sqrt([snr / (1 + snr), 1 / (1 + snr)]), jnp.float32)
     close(losses.min_snr_weight("noise", alpha, sigma), np.minimum(snr, 5) / snr)
+    close(losses.min_snr_weight("x0", alpha, sigma, floor=1.0), np.clip(snr, 1, 5))
+    close(losses.min_snr_weight("v", alpha, sigma, floor=1.0), np.clip(snr, 1, 5) / (snr + 1))
     close(losses.min_snr_weight("x0", alpha, sigma), np.minimum(snr, 5))
     close(losses.min_snr_weight("v", alpha, sigma), np.minimum(snr, 5) / (snr + 1))
     for prediction in p.PREDICTIONS:

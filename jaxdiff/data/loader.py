@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from jaxdiff.data.sources import Source
+from jaxdiff.data.sources import Example, Source
 from jaxdiff.data.transforms import (
     centre_crop,
     convert_channels,
@@ -75,18 +75,13 @@ class Loader:
         """Share of this process in global batch n >= 0."""
         if n < 0:
             raise IndexError(f"batch {n}: batches are numbered from 0")
-        size, positions = self.image_size, self._positions
-        uniforms = self._uniforms(n)
-        image = np.empty((len(positions), size, size, self.channels), np.uint8)
-        label = np.empty(len(positions), np.int32)
-        text = np.empty(len(positions), object) if self.source.has_text else None
-        for row, position in enumerate(positions.tolist()):
-            canvas, label[row], caption = self._canvas(self._order[n * self.batch_size + position])
-            image[row] = self._augment(canvas, uniforms[row])
-            if text is not None:
-                text[row] = caption
-        batch = {"image": image, "label": label, "index": positions.copy()}
-        return batch if text is None else batch | {"text": text}
+        places = (n * self.batch_size + self._positions).tolist()
+        rows = [self._row(self._order[i], u) for i, u in zip(places, self._uniforms(n), strict=True)]
+        label = np.array([row["label"] for row in rows], np.int32)
+        batch = self._gather(rows) | {"label": label, "index": self._positions.copy()}
+        if self.source.has_text:
+            batch["text"] = np.array([row["text"] for row in rows], object)
+        return batch
 
     def iterate(self, start: int = 0) -> Generator[Batch, None, None]:
         """Batches start, start + 1, ... without end, prepared by threads while the caller works on earlier ones.
@@ -110,7 +105,16 @@ class Loader:
         """The random numbers of batch n, drawn for the whole batch so that the number of processes does not matter."""
         return np.random.default_rng([self.seed, n]).random((self.batch_size, 3))[self._positions]
 
-    def _canvas(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], int, str | None]:
+    def _row(self, index: int, u: Float[np.ndarray, " 3"]) -> Example:
+        """Example `index`, cropped and flipped by the uniform numbers u."""
+        canvas, label, text = self.canvas(index)
+        return {"image": self._augment(canvas, u), "label": label, "text": text}
+
+    def _gather(self, rows: list[Example]) -> Batch:
+        """What examples show, as arrays."""
+        return {"image": np.stack([row["image"] for row in rows])}
+
+    def canvas(self, index: int) -> tuple[UInt8[np.ndarray, "h w c"], int, str | None]:
         """Image `index` of the source before any random choice, with its label and caption."""
         if self._memory is not None and self._memory.known[index]:
             return self._memory.recall(index)

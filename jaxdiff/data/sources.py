@@ -1,4 +1,4 @@
-"""Sources of images by name: `digits` and `mnist` (embedded in packages), `shapes`, `tfds:<name>`, `folder`, `idx`.
+"""Sources of images by name: `digits` and `mnist` (embedded in packages), `shapes`, `tfds:<name>`, `folder`, `idx`, `latents`.
 
 A source is random access: source[i] is example i, always the same.
 """
@@ -100,9 +100,9 @@ def open_source(
     require_text: bool = False,
     max_bad_fraction: float = 0.01,
 ) -> Source:
-    """Open the source called `name`: "digits", "mnist", "shapes", "tfds:<name>", "folder" or "idx".
+    """Open the source called `name`: "digits", "mnist", "shapes", "tfds:<name>", "folder", "idx" or "latents".
 
-    `dir` is where it lies: needed by folder and idx; for tfds the data_dir, by default $TFDS_DATA_DIR or
+    `dir` is where it lies: needed by folder, idx and latents; for tfds the data_dir, by default $TFDS_DATA_DIR or
     ~/tensorflow_datasets. Corrupt images of a folder or a TFDS data set are skipped as `SkipCorrupt` says.
     Raises ValueError or FileNotFoundError with one clear line, also if labels or captions are required and absent.
     """
@@ -119,7 +119,7 @@ def open_source(
 
 
 def _open(name: str, folder: pathlib.Path | None, split: str, max_bad_fraction: float) -> Source:
-    from jaxdiff.data import embedded, idx, shapes, tfds
+    from jaxdiff.data import embedded, idx, latents, shapes, tfds
     from jaxdiff.data import folder as image_folder
     from jaxdiff.data.corrupt import SkipCorrupt
 
@@ -130,17 +130,19 @@ def _open(name: str, folder: pathlib.Path | None, split: str, max_bad_fraction: 
         return embedded.open_part(embedded.open_digits() if name == "digits" else embedded.open_mnist(), split)
     if name == "shapes":
         return shapes.open_shapes(split)
-    if name in ("folder", "idx"):
+    if name in ("folder", "idx", "latents"):
         if folder is None:
             raise ValueError(f"data source {name!r} needs the folder it lies in (data.dir)")
         if not folder.is_dir():
             raise FileNotFoundError(f"data source {name!r}: there is no folder {folder}")
         if name == "idx":
             return idx.open_idx(folder, split)
+        if name == "latents":
+            return latents.open_latents(folder)
         return SkipCorrupt(image_folder.open_folder(folder, split), max_bad_fraction)
     near = difflib.get_close_matches(kind, [known.partition(":")[0] for known in SOURCES], n=1)
     hint = f"; did you mean {next(known for known in SOURCES if known.startswith(near[0]))}?" if near else ""
     raise ValueError(f"unknown data source {name!r}: there are {', '.join(SOURCES)}{hint}")
 
 
-SOURCES = ("digits", "mnist", "shapes", "tfds:<name>", "folder", "idx")
+SOURCES = ("digits", "mnist", "shapes", "tfds:<name>", "folder", "idx", "latents")

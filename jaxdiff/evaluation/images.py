@@ -20,6 +20,7 @@ from PIL import Image
 
 from jaxdiff.data.folder import FolderSource, open_folder
 from jaxdiff.data.images import DECODING_ERRORS, FORMATS
+from jaxdiff.data.latents import LatentSource
 from jaxdiff.data.sources import SOURCES, ArraySource, Source, open_source
 from jaxdiff.data.transforms import centre_crop, convert_channels, resize_shorter_side
 
@@ -46,6 +47,8 @@ class ImageSet:
         cls, source: Source, split: str, size: int | None, channels: int | None, num: int | None = None, seed: int = 0
     ) -> ImageSet:
         """All images of a source, or `num` of them, in an order drawn by `seed`. Raises ValueError where there are too few."""
+        if isinstance(source, LatentSource):
+            raise ValueError(f"{source.describe()}: these are latents, and images are needed")
         if num is not None and not 1 <= num <= len(source):
             raise ValueError(f"{source.describe()}: {num} images were asked for, there are {len(source)}")
         indices = np.random.default_rng(seed).permutation(len(source))[:num]

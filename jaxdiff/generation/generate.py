@@ -4,6 +4,7 @@ Image i depends on (parameters, settings, seed i) only: its noise comes from its
 the same number of images at a time, so that neither the size of the request nor the number of devices changes a bit of it.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key, UInt8
+from jaxtyping import Array, Float, Key, UInt8, UInt32
 
-# sample(params, keys [b], condition with leading axis b, knobs) -> images [b h w c] in [-1, 1]
+# sample(params, keys [b], request with leading axis b, knobs) -> images [b h w c] in [-1, 1]
 Sample = Callable[[Any, Key[Array, " b"], Any, Any], Float[Array, "b h w c"]]
 Generate = Callable[..., Iterator[UInt8[np.ndarray, "b h w c"]]]
 GenerateOnDevices = Callable[..., Iterator[tuple[UInt8[Array, "b h w c"], int]]]
@@ -36,26 +37,38 @@ def to_host(batches: Iterable[tuple[UInt8[Array, "b h w c"], int]]) -> Iterator[
         yield np.asarray(images)[:count]
 
 
+def keys_of(seeds: UInt32[Array, " b"] | UInt32[Array, "b k"]) -> Key[Array, " b"]:
+    """The key of each image: of its seed, or with the key data given."""
+    return jax.vmap(jax.random.key)(seeds) if seeds.ndim == 1 else jax.random.wrap_key_data(seeds)
+
+
 def make_generator(sample: Sample, mesh: Mesh, batch_per_device: int) -> Generate:
     """As `make_device_generator`, but the images come to the host as NumPy arrays."""
     generate = make_device_generator(sample, mesh, batch_per_device)
     return lambda *args, **knobs: to_host(generate(*args, **knobs))
 
 
+@functools.lru_cache(maxsize=16)
 def make_device_generator(sample: Sample, mesh: Mesh, batch_per_device: int) -> GenerateOnDevices:
-    """A function generate(params, seeds, condition, knobs) that yields uint8 images in order, some at a time.
+    """A function generate(params, seeds, request, knobs) that yields uint8 images in order, some at a time.
 
-    `seeds`: uint32 [n]; `condition`: pytree of arrays [n ...] or None; `knobs`: pytree of numbers that may change without a
-    recompilation. One program is compiled, for `batch_per_device` images on each device; a last partial batch is padded, so
-    each batch comes with the number of images that count. They stay on the devices, split over all of them.
+    `seeds`: uint32 [n], or the data of keys, uint32 [n k]; `request`: pytree of arrays [n ...] or None; `knobs`: pytree of
+    numbers that may change without a recompilation. One program is compiled, for `batch_per_device` images on each device; a
+    last partial batch is padded, so each batch comes with the number of images that count. They stay on the devices, split
+    over all of them. The same arguments give the same function, so that a notebook's next call compiles nothing.
     """
     batch = mesh.size * batch_per_device
     split, copied = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
 
     @jax.jit
-    def program(params: Any, seeds: Any, condition: Any, knobs: Any) -> UInt8[Array, "b h w c"]:
-        images = sample(params, jax.vmap(jax.random.key)(seeds), condition, knobs)
+    def program(params: Any, seeds: Any, request: Any, knobs: Any) -> UInt8[Array, "b h w c"]:
+        images = sample(params, keys_of(seeds), request, knobs)
         return jax.lax.with_sharding_constraint(to_uint8(images), split)
+
+    def stay(leaf: Any) -> jax.Array:
+        """A parameter that is spread over this mesh stays as it is; any other is copied to every device."""
+        there = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        return leaf if there else jax.device_put(leaf, copied)
 
     def take(array: Any, start: int) -> jax.Array:
         part = np.asarray(array)[start : start + batch]
@@ -63,12 +76,12 @@ def make_device_generator(sample: Sample, mesh: Mesh, batch_per_device: int) -> 
         return jax.make_array_from_callback(padded.shape, split, lambda index: padded[index])
 
     def generate(
-        params: Any, seeds: Any, condition: Any = None, knobs: Any = None
+        params: Any, seeds: Any, request: Any = None, knobs: Any = None
     ) -> Iterator[tuple[UInt8[Array, "b h w c"], int]]:
-        params, knobs = jax.device_put((params, knobs), copied)
+        params, knobs = jax.tree.map(stay, params), jax.device_put(knobs, copied)
         seeds = np.asarray(seeds, np.uint32)
         for start in range(0, len(seeds), batch):
-            parts = [jax.tree.map(lambda a, s=start: take(a, s), tree) for tree in (seeds, condition)]
+            parts = [jax.tree.map(lambda a, s=start: take(a, s), tree) for tree in (seeds, request)]
             yield program(params, *parts, knobs), min(batch, len(seeds) - start)
 
     return generate

@@ -74,6 +74,30 @@ class EfficientNetLite0(nn.Module):
         return Features(pool, logits.astype(jnp.float32), None)
 
 
+class EfficientNetLite0Maps(nn.Module):
+    """The first five stages for images of any size: their feature maps, of 1/2, 1/4, 1/8, 1/16 and 1/16 of the sides.
+
+    Parameters are those of EfficientNetLite0 by the same names.
+    """
+
+    num_stages: int = 5
+    dtype: DTypeLike = jnp.float32
+    precision: lax.Precision = lax.Precision.DEFAULT
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w 3"]) -> list[Float[Array, "b _ _ _"]]:
+        """Maps of images scaled as `preprocess` does it, in float32."""
+        stem = nn.Conv(STEM, (3, 3), strides=2, dtype=self.dtype, precision=self.precision, name="stem")
+        x, maps, index = nn.relu6(stem(x)), [], 0
+        for size, first_stride, expansion, channels, num_blocks in STAGES[: self.num_stages]:
+            for i in range(num_blocks):
+                stride, name = first_stride if i == 0 else 1, f"block{index}"
+                block = InvertedResidual(size, stride, expansion, channels, self.dtype, self.precision, name=name)
+                x, index = block(x), index + 1
+            maps.append(x.astype(jnp.float32))
+        return maps
+
+
 class InvertedResidual(nn.Module):
     """Expand by a 1x1 convolution, filter each channel, project back; add the input where shapes agree (MobileNetV2)."""
 

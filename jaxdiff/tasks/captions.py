@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
 
 from jaxdiff.config import Config, ConfigError, TextConfig
 from jaxdiff.data.sources import Source
 from jaxdiff.files import write_text
+from jaxdiff.generation.prompts import request as request
+from jaxdiff.generation.prompts import tokens_of
 from jaxdiff.weights.tokenizer import Tokenizer, train_tokenizer
 
 MAX_READ = 10_000  # captions that a tokenizer is trained on
@@ -38,12 +38,17 @@ def make_tokenizer(config: TextConfig, captions: Sequence[str]) -> Tokenizer:
         raise ConfigError(f"config.text: {error}") from error
 
 
-def prepare(config: Config, source: Source, workdir: pathlib.Path, write: bool) -> tuple[Tokenizer, list[str]]:
-    """The run's tokenizer and captions: those in its workdir, else new ones, which are written there (if `write`)."""
+def prepare(
+    config: Config, source: Source, workdir: pathlib.Path, write: bool, given: Tokenizer | None = None
+) -> tuple[Tokenizer, list[str]]:
+    """The run's tokenizer and captions: those in its workdir, else new ones, which are written there (if `write`).
+
+    given: the tokenizer of a pretrained text encoder.
+    """
     if (workdir / KEPT).is_file():
         return read(workdir)
-    captions = some_captions(source, MAX_KEPT if config.text.tokenizer else MAX_READ)
-    tokenizer = make_tokenizer(config.text, captions)
+    captions = some_captions(source, MAX_KEPT if config.text.tokenizer or given else MAX_READ)
+    tokenizer = given or make_tokenizer(config.text, captions)
     kept = [captions[int(i)] for i in np.random.default_rng(config.seed).permutation(len(captions))[:MAX_KEPT]]
     cut = tokens_of(tokenizer, captions)[1]
     if cut and write:
@@ -52,7 +57,8 @@ def prepare(config: Config, source: Source, workdir: pathlib.Path, write: bool) 
             file=sys.stderr,
         )
     if write:
-        tokenizer.save(workdir / "tokenizer")
+        if given is None:
+            tokenizer.save(workdir / "tokenizer")
         write_text(workdir / KEPT, json.dumps(kept, ensure_ascii=False, indent=0) + "\n")
     return tokenizer, kept
 
@@ -69,20 +75,3 @@ def read(workdir: pathlib.Path) -> tuple[Tokenizer, list[str]]:
         return Tokenizer.load(workdir / "tokenizer"), captions
     except (OSError, ValueError) as error:
         raise ConfigError(f"{workdir / 'tokenizer'}: {error}") from error
-
-
-def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarray, "b n"], list[str]]:
-    """Tokens of texts, and what the tokenizer has to say of those that it cut."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        tokens = tokenizer.encode(list(texts))
-    return tokens, [str(warning.message) for warning in caught]
-
-
-def request(tokenizer: Tokenizer, prompts: Sequence[str], negative: str = "") -> dict[str, np.ndarray]:
-    """What a text model is asked for: tokens of the prompts and, for each, of what to lead away from."""
-    tokens, cut = tokens_of(tokenizer, prompts)
-    away, cut_away = tokens_of(tokenizer, [negative])
-    for note in (cut + cut_away)[:1]:
-        print(f"note: {note}", file=sys.stderr)
-    return {"tokens": tokens, "negative": np.repeat(away, len(prompts), axis=0)}

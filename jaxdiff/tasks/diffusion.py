@@ -1,7 +1,8 @@
-"""Diffusion on pixels (DDPM, Ho et al. 2020): network, noise schedule, loss and sampler from a config.
+"""Diffusion (DDPM, Ho et al. 2020) on pixels or latents: network, noise schedule, loss and sampler from a config.
 
 The condition is a label, a caption or nothing. A caption becomes the context of the U-Net's cross-attention (Rombach et al. 2022,
-https://arxiv.org/abs/2112.10752, section 3.3) through a text encoder that is trained along; nothing else differs.
+https://arxiv.org/abs/2112.10752, section 3.3) through a text encoder that is trained along, or a pretrained one that stays as it
+is. With a first stage, x0 are the latents of an autoencoder (section 3.1), and samples are decoded. Nothing else differs.
 """
 
 import dataclasses
@@ -14,18 +15,22 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from jaxdiff.config import Config, DiffusionConfig, SamplingConfig
+from jaxdiff.config import Config, ConfigError, DiffusionConfig, SamplingConfig
 from jaxdiff.diffusion import scheduler
-from jaxdiff.diffusion.guidance import bind_condition, classifier_free_guidance, clip_x0, dynamic_threshold
+from jaxdiff.diffusion.guidance import bind_condition
 from jaxdiff.diffusion.likelihood import dequantize, ode_log_likelihood, variational_bound
-from jaxdiff.diffusion.predictions import Denoiser, make_denoiser
-from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
-from jaxdiff.diffusion.timesteps import make_timesteps
+from jaxdiff.diffusion.predictions import Denoiser
+from jaxdiff.generation import sampling
 from jaxdiff.generation.generate import Sample, from_uint8, make_generator
+from jaxdiff.generation.image_model import ImageModel, Known
+from jaxdiff.generation.masks import random_mask
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss
+from jaxdiff.models.gaussian import Gaussian
 from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
+from jaxdiff.tasks.first_stage import FirstStage
+from jaxdiff.tasks.text_model import TextModel
 from jaxdiff.training.loop import Trainable, minimise
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 from jaxdiff.weights.tokenizer import Tokenizer
@@ -47,12 +52,12 @@ def make_schedule(config: DiffusionConfig) -> scheduler.Schedule:
     return scheduler.DiscreteSchedule.from_betas(betas)
 
 
-def make_model(config: Config) -> UNet:
-    """The U-Net that a config describes."""
+def make_model(config: Config, channels: int, context_dim: int | None) -> UNet:
+    """The U-Net that a config describes, for x of so many channels and a context of that width."""
     model = config.model
     implementation = None if model.attention_implementation == "auto" else model.attention_implementation
     return UNet(
-        out_channels=config.data.channels * (1 + config.diffusion.learned_variance),
+        out_channels=channels * (1 + config.diffusion.learned_variance),
         channels=model.channels,
         channel_multipliers=model.channel_multipliers,
         num_res_blocks=model.num_res_blocks,
@@ -60,7 +65,9 @@ def make_model(config: Config) -> UNet:
         num_heads=model.num_heads,
         dropout=model.dropout,
         num_classes=max(model.num_classes, 0),
-        context_dim=config.text.width if config.text.enabled else None,
+        context_dim=context_dim,
+        pooled_context=config.text.pooled,
+        position_embedding=model.position_embedding,
         patch_size=model.patch_size,
         dtype=jnp.dtype(model.dtype),
         param_dtype=jnp.dtype(model.param_dtype),
@@ -83,20 +90,25 @@ def make_text_encoder(config: Config, tokenizer: Tokenizer) -> CLIPTextEncoder:
     )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class DiffusionTask:
     """A diffusion model: pure functions of its parameters. With a `tokenizer` its condition is text.
 
-    A request (what an image is asked to show) is None, labels int32 [b], or {"tokens", "negative"}, both int32 [b n].
+    What an image is asked to show is None, labels int32 [b], or {"tokens", "negative"}, both int32 [b n].
+    Parameters are {"unet"} and, where it is trained along, {"text_encoder"}. Everything but `init` and `loss` wants them
+    `whole`: with those of the first stage and of a pretrained text encoder.
     """
 
     config: Config
     tokenizer: Tokenizer | None = None
+    first_stage: FirstStage | None = None
+    text_model: TextModel | None = None  # pretrained; its tokenizer is `tokenizer`
 
     @functools.cached_property
     def model(self) -> UNet:
         """The network."""
-        return make_model(self.config)
+        width = None if self.tokenizer is None else self.text_encoder.width
+        return make_model(self.config, self.latent_shape[-1], width)
 
     @functools.cached_property
     def schedule(self) -> scheduler.Schedule:
@@ -109,6 +121,46 @@ class DiffusionTask:
         return (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
 
     @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """[h w d] of what the network denoises: of the image itself, or of its latents."""
+        return self.image_shape if self.first_stage is None else self.first_stage.latent_shape(self.image_shape)
+
+    @functools.cached_property
+    def frozen(self) -> Params:
+        """Parameters that are not trained: of "autoencoder" and "text_encoder", where there are such."""
+        parts = {"autoencoder": self.first_stage, "text_encoder": self.text_model}
+        return {name: part.params for name, part in parts.items() if part is not None}
+
+    def whole(self, params: Params) -> Params:
+        """Trained parameters together with the frozen ones."""
+        return params | self.frozen
+
+    @functools.cached_property
+    def image_model(self) -> ImageModel:
+        """The task as generation wants it."""
+        diffusion = self.config.diffusion
+        return ImageModel(
+            schedule=self.schedule,
+            prediction=diffusion.prediction,
+            learned_variance=diffusion.learned_variance,
+            image_shape=self.image_shape,
+            latent_shape=self.latent_shape,
+            network=lambda params, x, time, condition: self.network(params)(x, time, condition),
+            conditions=self.conditions,
+            mask_channels=diffusion.inpainting,
+            **self._first_stage_functions(),
+        )
+
+    def _first_stage_functions(self) -> dict[str, Any]:
+        stage = self.first_stage
+        if stage is None:
+            return {}
+        return {
+            "encode": lambda params, x, keys: stage.encode(params["autoencoder"], x, keys),
+            "decode": lambda params, latents: stage.decode(params["autoencoder"], latents),
+        }
+
+    @property
     def num_classes(self) -> int:
         """Classes the model can be asked for; 0 where it is unconditional. The null label is `num_classes` itself."""
         return self.config.model.num_classes
@@ -117,15 +169,17 @@ class DiffusionTask:
         """What is trained, in words."""
         networks, condition = "U-Net", f", {self.num_classes} classes" if self.num_classes else ""
         if self.tokenizer is not None:
-            networks = "U-Net and text encoder"
+            networks = "U-Net and text encoder" if self.text_model is None else "U-Net"
             condition = (
                 f", captions of up to {self.tokenizer.context_length} of {self.tokenizer.vocabulary_size:,} tokens"
             )
+        condition += ", sees a mask and what it leaves" * self.config.diffusion.inpainting
         size, diffusion = "x".join(map(str, self.image_shape)), self.config.diffusion
+        frozen = {"latents": self.first_stage, "text": self.text_model}
         return {
             "model": f"{networks}, {size} images{condition}, computing in {self.config.model.dtype}",
             "diffusion": f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {diffusion.loss} loss",
-        }
+        } | {name: part.describe() for name, part in frozen.items() if part is not None}
 
     def describe_sampling(self, settings: SamplingConfig) -> str:
         """How samples are made, in words."""
@@ -139,34 +193,43 @@ class DiffusionTask:
     @functools.cached_property
     def text_encoder(self) -> CLIPTextEncoder:
         """The network that reads captions."""
+        if self.text_model is not None:
+            return self.text_model.model
         assert self.tokenizer is not None
         return make_text_encoder(self.config, self.tokenizer)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Random parameters: of the U-Net alone, or {"unet", "text_encoder"}."""
-        x, time = jnp.zeros((1, *self.image_shape)), jnp.zeros((1,))
+        """Random parameters of all that is trained: {"unet"} and perhaps {"text_encoder"}."""
+        height, width, channels = self.latent_shape
+        seen = 2 * channels + 1 if self.config.diffusion.inpainting else channels  # x_t, and of a `Known`
+        x, time = jnp.zeros((1, height, width, seen)), jnp.zeros((1,))
         label = jnp.zeros((1,), jnp.int32) if self.num_classes else None
         if self.tokenizer is None:
-            return self.model.init(key, x, time, label)["params"]
+            return {"unet": self.model.init(key, x, time, label)["params"]}
         keys, tokens = jax.random.split(key), jnp.zeros((1, self.tokenizer.context_length), jnp.int32)
-        context = jnp.zeros((*tokens.shape, self.config.text.width))
-        return {
-            "unet": self.model.init(keys[0], x, time, context=context)["params"],
-            "text_encoder": self.text_encoder.init(keys[1], tokens)["params"],
-        }
+        context = jnp.zeros((*tokens.shape, self.text_encoder.width))
+        params = {"unet": self.model.init(keys[0], x, time, context=context)["params"]}
+        if self.text_model is None:
+            params["text_encoder"] = self.text_encoder.init(keys[1], tokens)["params"]
+        return params
 
     def encode_text(self, params: Params, tokens: Int[Array, "b n"]) -> Float[Array, "b n k"]:
         """The context that the U-Net attends to."""
         return cast(Array, self.text_encoder.apply({"params": params["text_encoder"]}, tokens))
 
     def network(self, params: Params, train: bool = False, dropout_key: Key[Array, ""] | None = None) -> Any:
-        """The U-Net with these parameters, as a function of (x, time, condition): labels, a text's context, or None."""
-        unet = params if self.tokenizer is None else params["unet"]
+        """The U-Net with these parameters, as a function of (x, time, condition): labels, a text's context, or None.
+
+        With mask channels the condition is a `Known` of one of these.
+        """
 
         def apply(x: Array, time: Array, condition: Any) -> Array:
             rngs = {"dropout": dropout_key} if dropout_key is not None else None
+            if isinstance(condition, Known):
+                condition, channels = condition
+                x = jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
             inputs = {"context": condition} if self.tokenizer is not None else {"label": condition}
-            return cast(Array, self.model.apply({"params": unet}, x, time, **inputs, train=train, rngs=rngs))
+            return cast(Array, self.model.apply({"params": params["unet"]}, x, time, **inputs, train=train, rngs=rngs))
 
         return apply
 
@@ -181,16 +244,39 @@ class DiffusionTask:
         empty = jnp.asarray(self.tokenizer.encode([""]))
         return self.encode_text(params, jnp.where(dropped[:, None], empty, batch["tokens"]))
 
-    def loss(self, params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-        """Mean loss over a batch; every example draws from a key of its own, so that sharding does not change the numbers."""
+    def clean(self, params: Params, batch: Batch, keys: Key[Array, " b"]) -> Float[Array, "b l k d"]:
+        """The x0 of a batch: its pixels, or latents drawn anew from the posterior of each image (or from its kept moments)."""
+        if self.first_stage is None:
+            return from_uint8(batch["image"])
+        if "moments" in batch:
+            return self.first_stage.scaled(Gaussian.from_moments(batch["moments"]).sample(keys))
+        return self.first_stage.encode(params["autoencoder"], from_uint8(batch["image"]), keys)
+
+    def masked(self, params: Params, x: Float[Array, "b h w c"], keys: Key[Array, " b"]) -> Float[Array, "b l k d+1"]:
+        """What a network with mask channels sees of training images: each under a mask of its own (see `random_mask`)."""
+        mask_keys, latent_keys = (jax.vmap(jax.random.fold_in, (0, None))(keys, i) for i in (1, 2))
+        masks = jax.vmap(lambda key: random_mask(key, *self.image_shape[:2]))(mask_keys)
+        return self.image_model.mask_and_known(params, x, masks, latent_keys)
+
+    def loss(
+        self, params: Params, batch: Batch, key: Key[Array, ""], frozen: Params | None = None
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Mean loss over a batch; every example draws from a key of its own, so that sharding does not change the numbers.
+
+        `frozen`: what `params` lacks to be whole; no gradient reaches it.
+        """
+        params = params | (frozen or {})
         noise_key, condition_key, dropout_key = jax.random.split(key, 3)
         dropout_key = jax.random.fold_in(
             dropout_key, batch["index"][0]
         )  # under pmap each device holds a share of its own
         per_example = jax.vmap(jax.random.fold_in, (None, 0))
-        x0 = from_uint8(batch["image"])
         config = self.config.diffusion
-        condition = self.training_condition(params, batch, per_example(condition_key, batch["index"]))
+        condition_keys = per_example(condition_key, batch["index"])
+        x0 = self.clean(params, batch, jax.vmap(jax.random.fold_in, (0, None))(condition_keys, 3))
+        condition = self.training_condition(params, batch, condition_keys)
+        if config.inpainting:
+            condition = Known(condition, self.masked(params, from_uint8(batch["image"]), condition_keys))
         losses, metrics = diffusion_loss(
             self.network(params, train=True, dropout_key=dropout_key if self.config.model.dropout else None),
             self.schedule,
@@ -202,14 +288,14 @@ class DiffusionTask:
             learned_variance=config.learned_variance,
             sigma_data=config.sigma_data if config.schedule == "edm" else None,
             gamma=config.min_snr_gamma,
+            floor=config.min_snr_floor,
         )
         parts = ("mse", "vlb") if config.loss != "simple" else ()  # of which the loss consists
         return losses.mean(), {name: metrics[name].mean() for name in parts if name in metrics}
 
     def denoiser(self, params: Params) -> Denoiser:
         """The denoiser with these parameters, as a function of (x_t, t, condition)."""
-        diffusion = self.config.diffusion
-        return make_denoiser(self.network(params), self.schedule, diffusion.prediction, diffusion.learned_variance)
+        return self.image_model.denoiser(params)
 
     def conditions(self, params: Params, request: Any, guided: bool) -> tuple[Any, Any]:
         """What the network is told of a request, and what guidance leads away from (None without guidance)."""
@@ -218,79 +304,38 @@ class DiffusionTask:
         context = self.encode_text(params, request["tokens"])
         return context, self.encode_text(params, request["negative"]) if guided else None
 
-    def make_sample(self, settings: SamplingConfig, guided: bool) -> Sample:
-        """From keys to images in one program.
+    def make_sample(self, settings: SamplingConfig, guided: bool, paste: bool = True) -> Sample:
+        """From keys to images in one program (see `jaxdiff.generation.sampling`)."""
+        return sampling.make_sample(self.image_model, settings, guided, paste)
 
-        What is a word or a count in `settings` is compiled in, the `knobs` (see `make_knobs`) are traced. `guided`: with
-        classifier-free guidance, at twice the cost.
-        """
-        timesteps = make_timesteps(self.schedule, settings.steps, settings.spacing)
-        sampler = SAMPLERS[settings.sampler]
-        options: dict[str, Any] = {"variance": settings.variance} if settings.sampler == "ddpm" else {}
-        everywhere = (settings.guidance_start, settings.guidance_end) == (
-            0,
-            1,
-        )  # an interval compiles the network twice
-
-        def sample(params: Params, keys: Any, request: Any, knobs: dict[str, Any]) -> Float[Array, "b h w c"]:
-            denoise = self.denoiser(params)
-            condition, null = self.conditions(params, request, guided)
-            if guided:
-                denoise = classifier_free_guidance(
-                    denoise,
-                    condition,
-                    null,
-                    knobs["guidance"],
-                    interval=None if everywhere else knobs["interval"],
-                    rescale=knobs["rescale"] if settings.guidance_rescale else 0.0,
-                    schedule=self.schedule,
-                    prediction=self.config.diffusion.prediction,
-                )
-            else:
-                denoise = bind_condition(denoise, condition)
-            if settings.clip == "clip":
-                denoise = clip_x0(denoise, self.schedule)
-            elif settings.clip == "dynamic":
-                denoise = dynamic_threshold(denoise, self.schedule)
-            if settings.sampler == "ddim":
-                options["eta"] = knobs["eta"]
-            x_T = initial_noise(self.schedule, keys, (len(keys), *self.image_shape))
-            return sampler(denoise, self.schedule, x_T, timesteps, keys, **options)
-
-        return sample
-
-    def make_knobs(self, settings: SamplingConfig) -> dict[str, Any]:
-        """The numbers of `settings` that may change without a recompilation."""
-        times = make_timesteps(self.schedule, settings.steps, settings.spacing)
-        last = len(times) - 1
-        low = times[min(int(np.ceil(settings.guidance_end * last)), last)]
-        high = times[int(settings.guidance_start * last)]
-        return {
-            "guidance": np.float32(settings.guidance),
-            "rescale": np.float32(settings.guidance_rescale),
-            "interval": (np.float32(low), np.float32(high)),
-            "eta": np.float32(settings.eta),
-        }
+    def make_knobs(self, settings: SamplingConfig, strength: float = 1.0) -> dict[str, Any]:
+        """The numbers of `settings`, and image to image's strength, that may change without a recompilation."""
+        return sampling.make_knobs(self.schedule, settings, strength)
 
     def likelihoods(self, ode_steps: int) -> dict[str, Any]:
         """Functions (params, images, requests, keys) -> {name: bits/dim of each image}, by a note on what they do.
 
         The bound, where it is defined, takes as many network calls as there are noise levels, the ODE four times `ode_steps`,
-        with their derivatives. Conditional models are asked for p(x | label or caption).
+        with their derivatives. Conditional models are asked for p(x | label or caption). Raises ConfigError for a latent model.
         """
+        if self.first_stage is not None:
+            raise ConfigError("bpd: a latent model has no likelihood of images, only of its latents")
         variance = "learned" if self.config.diffusion.learned_variance else self.config.sampling.variance
 
-        def denoiser(params: Params, requests: Any) -> Denoiser:
-            return bind_condition(self.denoiser(params), self.conditions(params, requests, guided=False)[0])
+        def denoiser(params: Params, requests: Any, keys: Any) -> Denoiser:
+            condition = self.conditions(params, requests, guided=False)[0]
+            if self.config.diffusion.inpainting:
+                condition = Known(condition, self.image_model.nothing_known(params, keys))
+            return bind_condition(self.denoiser(params), condition)
 
         def bound(params: Params, images: UInt8[Array, "b h w c"], requests: Any, keys: Any) -> dict[str, Array]:
             assert isinstance(self.schedule, scheduler.DiscreteSchedule)
-            denoise = denoiser(params, requests)
+            denoise = denoiser(params, requests, keys)
             return {"bpd_bound": variational_bound(denoise, self.schedule, from_uint8(images), keys, variance).total}
 
         def ode(params: Params, images: UInt8[Array, "b h w c"], requests: Any, keys: Any) -> dict[str, Array]:
             spread, probes = jax.vmap(lambda key: jax.random.split(key))(keys).T
-            x0, denoise = dequantize(from_uint8(images), spread), denoiser(params, requests)
+            x0, denoise = dequantize(from_uint8(images), spread), denoiser(params, requests, keys)
             return {"bpd_ode": ode_log_likelihood(denoise, self.schedule, x0, probes, ode_steps).bits_per_dim}
 
         levels = f"variational bound, {self.config.diffusion.num_timesteps} levels, variance {variance}"
@@ -303,7 +348,8 @@ class DiffusionTask:
 
     def trainable(self, mesh: Mesh, preview: Any = None) -> Trainable:
         """The task as the training loop wants it. `preview`: what the pictures are asked to show (see `_pictures`)."""
-        return minimise(self.loss, self.init, self.config, self._pictures(mesh, preview), ("loss", "grad_norm"))
+        pictures, curves = self._pictures(mesh, preview), ("loss", "grad_norm")
+        return minimise(self.loss, self.init, self.config, pictures, curves, self.frozen or None)
 
     def _pictures(self, mesh: Mesh, preview: Any) -> Any:
         """A grid of samples from the moving average of the parameters: the same seeds every time, and the same requests.
@@ -317,7 +363,8 @@ class DiffusionTask:
             preview = seeds.astype(np.int32) % self.num_classes
 
         def pictures(state: TrainState) -> dict[str, UInt8[np.ndarray, "h w c"]]:
-            images = np.concatenate(list(generate(state.ema_params, seeds, preview, self.make_knobs(settings))))
+            params = self.whole(state.ema_params)
+            images = np.concatenate(list(generate(params, seeds, preview, self.make_knobs(settings))))
             return {"samples": image_grid(images, columns=self.num_classes if 0 < self.num_classes <= 16 else None)}
 
         return pictures

@@ -6,13 +6,13 @@ import dataclasses
 import datetime
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxdiff.config import ConfigError, SamplingConfig
+from jaxdiff.config import Config, ConfigError, SamplingConfig
 from jaxdiff.data.sources import open_source
 from jaxdiff.evaluation.collect import provenance_of
 from jaxdiff.evaluation.extractors import Extractor
@@ -30,11 +30,14 @@ from jaxdiff.evaluation.scores import (
 from jaxdiff.evaluation.statistics import Provenance, Statistics, is_statistics, load_statistics
 from jaxdiff.files import replacing, write_text
 from jaxdiff.generation.pictures import image_grid
+from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.likelihood import images_for_likelihood, likelihood_scores
+from jaxdiff.tasks.reconstruct import METRICS as RECONSTRUCTION_METRICS
+from jaxdiff.tasks.reconstruct import reconstruction_scores
 from jaxdiff.tasks.run import Run
 from jaxdiff.tasks.score import Scorer, cached_statistics, local_mesh, training_images
 
-ALL_METRICS = (*METRICS, "bpd")
+ALL_METRICS = (*METRICS, "bpd", *RECONSTRUCTION_METRICS)
 UNSEEN = {"nine_tenths": "tenth"}  # split trained on -> split that it leaves out, where that is not called "test"
 
 
@@ -241,8 +244,17 @@ def evaluate_likelihood(
 ) -> Results:
     """Likelihood of a run on `num` images of its data set: unseen ones where there are any, unless `split` says otherwise."""
     config = run.task.config
-    data = config.data
-    source, used = None, split or UNSEEN.get(data.split, "test")
+    images, warnings = unseen_images(config, dir, split, seed)
+    pixels, requests = images_for_likelihood(run, images, num)
+    batch = config.sampling.batch_per_device
+    scores = likelihood_scores(run, pixels, requests, local_mesh(config), batch, seed, ode_steps)
+    provenance = Provenance(num_images=len(pixels), data=images.description, seed=seed)
+    return Results(scores, provenance, warnings=warnings)
+
+
+def unseen_images(config: Config, dir: str | None, split: str | None, seed: int) -> tuple[ImageSet, list[str]]:
+    """Images that a run has not learnt from where there are any, unless `split` says otherwise; and a warning if it has."""
+    data, source, used = config.data, None, split or UNSEEN.get(config.data.split, "test")
     try:
         source = open_source(data.source, dir or data.dir or None, used, max_bad_fraction=data.max_bad_fraction)
     except (ValueError, FileNotFoundError):
@@ -251,12 +263,41 @@ def evaluate_likelihood(
         used = data.split
         source = open_source(data.source, dir or data.dir or None, used, max_bad_fraction=data.max_bad_fraction)
     images = ImageSet.of(source, used, data.image_size, data.channels, seed=seed)
-    pixels, requests = images_for_likelihood(run, images, num)
-    batch = config.sampling.batch_per_device
-    scores = likelihood_scores(run, pixels, requests, local_mesh(config), batch, seed, ode_steps)
-    notes = [f"these are images of the split {used!r}, which the model has seen"] if used == data.split else []
-    provenance = Provenance(num_images=len(pixels), data=images.description, seed=seed)
-    return Results(scores, provenance, warnings=notes)
+    seen = [f"these are images of the split {used!r}, which the model has seen"] if used == data.split else []
+    return images, seen
+
+
+def evaluate_reconstructions(
+    metrics: Sequence[str],
+    run: Run,
+    make_scorer: Callable[[], Scorer],
+    dir: str | None = None,
+    split: str | None = None,
+    num: int | None = None,
+    seed: int = 0,
+) -> Results:
+    """How an autoencoder's run reconstructs `num` images of its data set (default: all), unseen ones where there are any.
+
+    `make_scorer` is called where rfid is asked for. Raises ValueError with one line.
+    """
+    check_metrics(list(metrics), RECONSTRUCTION_METRICS)
+    if not isinstance(run.task, AutoencoderTask):
+        raise ValueError(
+            f"{', '.join(metrics)}: only an autoencoder reconstructs, and this is a {run.task.config.task}"
+        )
+    images, warnings = unseen_images(run.task.config, dir, split, seed)
+    chosen = dataclasses.replace(images, indices=images.indices[:num])
+    scorer = make_scorer() if "rfid" in metrics else None
+    if scorer is not None and len(chosen) <= scorer.extractor.dimension:
+        warnings.append(
+            f"{len(chosen):,} images are fewer than the features' {scorer.extractor.dimension:,} dimensions: compare rfid only "
+            "with an rfid of as many images"
+        )
+    scores, preview = reconstruction_scores(metrics, run.task, run.params, chosen, scorer, local_mesh(run.task.config))
+    data = f"reconstructions of {chosen.description}"
+    provenance = Provenance(data=data, seed=seed) if scorer is None else provenance_of(scorer.extractor, data, seed)
+    provenance = dataclasses.replace(provenance, num_images=len(chosen))
+    return Results(scores, provenance, warnings=warnings, preview=preview)
 
 
 def make_reference(images: ImageSet, scorer: Scorer, path: pathlib.Path) -> Results:

@@ -13,11 +13,18 @@ from jaxtyping import UInt8
 
 from jaxdiff.config import Config, ConfigError, SamplingConfig, to_config
 from jaxdiff.generation.generate import make_generator
-from jaxdiff.progress import progress_bar
+from jaxdiff.generation.image_model import ImageModel, Request
+from jaxdiff.generation.pipelines import IMAGE_STRENGTH, Prompts, blend_request, condition_of, edit_request, gathered
+from jaxdiff.generation.sampling import make_knobs
 from jaxdiff.tasks import captions
-from jaxdiff.tasks.make import Task, make_task
+from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.first_stage import FOLDER as AUTOENCODER
+from jaxdiff.tasks.first_stage import load_first_stage
+from jaxdiff.tasks.make import Parts, Task, make_task
+from jaxdiff.tasks.text_model import load_text_model
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.sharding import make_mesh
+from jaxdiff.weights.tokenizer import Tokenizer
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -33,13 +40,33 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained run: the task, the moving average of its parameters, the step they are of, and the names of its classes."""
+    """A trained run: the task, the moving average of its parameters, the step they are of, and the names of its classes.
+
+    Of a diffusion model it is a `jaxdiff.generation.pipelines.Pipeline`.
+    """
 
     task: Task
     params: Any
     step: int
     class_names: tuple[str, ...]
     captions: tuple[str, ...] = ()  # some of the training data's, where the model reads text
+
+    @property
+    def model(self) -> ImageModel:
+        """What it takes to make images. Raises ConfigError where the run is not a diffusion model."""
+        if not isinstance(self.task, DiffusionTask):
+            raise ConfigError(f"only a diffusion model can do that, and this run is of task {self.task.config.task!r}")
+        return self.task.image_model
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What reads the prompts; None where the model is not asked by text."""
+        return self.task.tokenizer
+
+    @property
+    def settings(self) -> SamplingConfig:
+        """How the run makes images unless something else is asked for."""
+        return self.task.config.sampling
 
     def requests(self, num: int, start: int = 0) -> Any:
         """Requests number start .. start + num - 1 of an endless list: all classes, or the captions kept, in turn."""
@@ -67,6 +94,46 @@ class Run:
         """An image for each prompt, with its seed."""
         return self.make(seeds, self.text(prompts, negative), settings)
 
+    def image_to_image(
+        self,
+        images: Any,
+        seeds: Sequence[int] | np.ndarray,
+        prompts: Prompts = None,
+        negative: str = "",
+        strength: float = IMAGE_STRENGTH,
+        settings: SamplingConfig | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """An image for each seed (and prompt or label), beginning from those given (one, or one each; uint8)."""
+        request = edit_request(self, condition_of(self, prompts, negative), images, None, seeds)
+        return self.make(seeds, request, settings, strength=strength)
+
+    def inpaint(
+        self,
+        images: Any,
+        masks: Any,
+        seeds: Sequence[int] | np.ndarray,
+        prompts: Prompts = None,
+        negative: str = "",
+        strength: float = 1.0,
+        settings: SamplingConfig | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """An image for each seed (and prompt or label): where its mask is white made anew, where it is black that given."""
+        request = edit_request(self, condition_of(self, prompts, negative), images, masks, seeds)
+        return self.make(seeds, request, settings, strength=strength)
+
+    def interpolate(
+        self,
+        num: int,
+        seeds: Sequence[int] | np.ndarray,
+        prompts: Prompts = None,
+        negative: str = "",
+        settings: SamplingConfig | None = None,
+    ) -> UInt8[np.ndarray, "n h w c"]:
+        """`num` images from the first of two seeds to the second, or of two prompts; ends included."""
+        seeds_of_ends = np.asarray(seeds, np.uint32)
+        request, places = blend_request(condition_of(self, prompts, negative), seeds_of_ends, num)
+        return self.make(places, request, settings)
+
     def labels(self, names: Sequence[str], count: int) -> np.ndarray | None:
         """`count` labels cycling through `names` (numbers or class names); through all classes where none is named.
 
@@ -91,13 +158,21 @@ class Run:
         request: Any = None,
         settings: SamplingConfig | None = None,
         mesh: Mesh | None = None,
+        strength: float = 1.0,
     ) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-        """Images for seeds and a request (labels, or `text(...)`), uint8, some at a time; `settings` default to the run's own."""
+        """Images for seeds and a request, uint8, some at a time; `settings` default to the run's own.
+
+        The request: labels, `text(...)`, None, or a `Request` with more than that. `strength`: of a request with an image.
+        """
         settings = settings or self.task.config.sampling
         mesh = mesh or make_mesh(dataclasses.replace(self.task.config.sharding, mode="jit", fsdp=1))
-        sample = self.task.make_sample(settings, self.task.is_guided(settings))
+        asked = request.condition if isinstance(request, Request) else request
+        sample = self.task.make_sample(settings, asked is not None and self.task.is_guided(settings))
         generate = make_generator(sample, mesh, settings.batch_per_device)
-        return generate(self.params, seeds, request, self.task.make_knobs(settings))
+        knobs = self.task.make_knobs(settings)
+        if isinstance(request, Request):
+            knobs = make_knobs(self.model.schedule, settings, strength)
+        return generate(self.params, seeds, request, knobs)
 
     def make(
         self,
@@ -105,26 +180,37 @@ class Run:
         request: Any = None,
         settings: SamplingConfig | None = None,
         mesh: Mesh | None = None,
+        strength: float = 1.0,
     ) -> UInt8[np.ndarray, "n h w c"]:
         """All images of `generate` as one array, with a progress bar."""
-        parts = []
-        with progress_bar(0, len(seeds), "sampling", unit="image") as bar:
-            for part in self.generate(seeds, request, settings, mesh):
-                parts.append(part)
-                bar.update(len(part))
-        return np.concatenate(parts)
+        return gathered(self.generate(seeds, request, settings, mesh, strength), len(seeds))
 
 
 def load_run(workdir: str | pathlib.Path) -> Run:
     """Open a run to make images with its newest checkpoint. Raises ConfigError or CheckpointError with one clear line."""
     workdir = pathlib.Path(workdir)
     config = read_config(workdir)
-    tokenizer, kept = captions.read(workdir) if config.text.enabled else (None, [])
-    task = make_task(config, tokenizer)
+    parts, kept = read_parts(config, workdir)
+    task = make_task(config, parts)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32, sharding=where), shapes)
     step, items = Checkpoints(workdir / "checkpoints").restore_items(ema_params=target)
     names = workdir / "classes.json"
     class_names = tuple(json.loads(names.read_text())) if names.is_file() else ()
-    return Run(task, items["ema_params"], step, class_names, tuple(kept))
+    return Run(task, whole(task, items["ema_params"]), step, class_names, tuple(kept))
+
+
+def read_parts(config: Config, workdir: pathlib.Path) -> tuple[Parts, list[str]]:
+    """What a run keeps in its workdir besides config and checkpoints, and its captions. Raises ConfigError."""
+    if config.task != "diffusion":
+        return Parts(), []
+    tokenizer, kept = captions.read(workdir) if config.text.enabled else (None, [])
+    stage = load_first_stage(workdir / AUTOENCODER) if config.autoencoder else None
+    text_model = load_text_model(workdir) if config.text.pretrained else None
+    return Parts(tokenizer if text_model is None else text_model.tokenizer, stage, text_model), kept
+
+
+def whole(task: Task, params: Any) -> Any:
+    """Trained parameters with those that the task keeps as they are."""
+    return task.whole(params) if isinstance(task, DiffusionTask) else params

@@ -22,7 +22,7 @@ from jaxdiff.evaluation.statistics import Provenance, Statistics, load_statistic
 from jaxdiff.generation.generate import make_device_generator
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.make import Task
-from jaxdiff.tasks.run import Run
+from jaxdiff.tasks.run import Run, whole
 from jaxdiff.training.sharding import make_mesh
 
 KEEP = 10_000  # features kept with reference statistics, for KID and for precision and recall
@@ -42,7 +42,7 @@ class Scorer:
         share = images.share(jax.process_index(), jax.process_count())
         batches = share.batches(self.mesh.size * self.batch_per_device)
         provenance = provenance_of(self.extractor, images.description, images.seed)
-        return self._collect(batches, len(images), provenance, keep, spatial, "features")
+        return self.of_batches(batches, len(images), provenance, keep, spatial, "features")
 
     def of_run(
         self, run: Run, num: int, seed: int, settings: SamplingConfig, keep: int | None = None, spatial: bool = False
@@ -53,11 +53,12 @@ class Scorer:
         provenance = provenance_of(self.extractor, data, seed)
         seeds = np.arange(seed, seed + num)[jax.process_index() :: jax.process_count()]
         requests = jax.tree.map(lambda a: a[jax.process_index() :: jax.process_count()], run.requests(num, seed))
-        return self._collect(sample(run.params, seeds, requests), num, provenance, keep, spatial, "sampling")
+        return self.of_batches(sample(run.params, seeds, requests), num, provenance, keep, spatial, "sampling")
 
-    def _collect(
+    def of_batches(
         self, batches: Iterable[Batch], total: int, provenance: Provenance, keep: int | None, spatial: bool, name: str
     ) -> tuple[Statistics, UInt8[np.ndarray, "n h w c"]]:
+        """Statistics of this process's share of `total` images; `name`: for the progress bar."""
         collector = Collector(None if keep is None else -(-keep // jax.process_count()), spatial)
         preview: list[np.ndarray] = []
 
@@ -128,7 +129,7 @@ def make_training_scores(
         reference = cached_statistics(path, training_images(task.config, source), scorer, spatial)
 
     def scores(state: Any) -> dict[str, float]:
-        run = Run(task, state.ema_params, int(state.step), (), tuple(captions))
+        run = Run(task, whole(task, state.ema_params), int(state.step), (), tuple(captions))
         keep = None if {"kid", "pr"} & set(metrics) else 0
         generated, _ = scorer.of_run(run, config.num_images, 0, task.config.sampling, keep, spatial)
         found = score(metrics, generated, reference)

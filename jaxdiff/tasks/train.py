@@ -11,14 +11,20 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxdiff.config import CHANGEABLE, Config, ConfigError, check, flatten, to_json
+from jaxdiff.config import Config, ConfigError, check, check_latent_size, flatten, may_change, to_json
+from jaxdiff.data.latents import LatentLoader, LatentSource
 from jaxdiff.data.loader import Loader
 from jaxdiff.data.sources import Source, open_source
 from jaxdiff.files import write_text
 from jaxdiff.tasks import captions
-from jaxdiff.tasks.make import Task, make_task
+from jaxdiff.tasks.autoencoder import AutoencoderTask
+from jaxdiff.tasks.first_stage import keep_first_stage
+from jaxdiff.tasks.latents import check_stage
+from jaxdiff.tasks.make import Parts, Task, make_task
+from jaxdiff.tasks.reconstruct import make_training_reconstruction_scores
 from jaxdiff.tasks.run import read_config
 from jaxdiff.tasks.score import make_training_scores, training_images
+from jaxdiff.tasks.text_model import keep_text_model
 from jaxdiff.tasks.vae import PREVIEW
 from jaxdiff.training import loop
 from jaxdiff.training.sharding import check_batch, make_mesh
@@ -40,7 +46,7 @@ def check_continuation(config: Config, workdir: pathlib.Path) -> None:
         return
     old, new = flatten(read_config(workdir)), flatten(config)
     for name, value in new.items():
-        if old[name] != value and not name.startswith(CHANGEABLE):
+        if old[name] != value and not may_change(name):
             raise ConfigError(
                 f"{workdir} holds a run with config.{name} = {old[name]!r}, now it is {value!r}: "
                 "give another --workdir for a new run"
@@ -64,7 +70,8 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
             require_text=config.text.enabled,
             max_bad_fraction=data.max_bad_fraction,
         )
-        loader = Loader(
+        make_loader: Any = LatentLoader if isinstance(source, LatentSource) else Loader
+        loader = make_loader(
             source,
             config.training.batch_size,
             config.seed,
@@ -79,6 +86,35 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.data: {error}") from error
     return source, loader
+
+
+def _prepare_parts(config: Config, source: Source, workdir: pathlib.Path, write: bool) -> tuple[Parts, list[str]]:
+    """Tokenizer, autoencoder and text encoder of a run, kept in its workdir from now on, and captions. Raises ConfigError."""
+    if config.task != "diffusion":
+        return Parts(), []
+    stage = text_model = tokenizer = None
+    kept: list[str] = []
+    if config.autoencoder:
+        stage = keep_first_stage(config.autoencoder, workdir, write=False)
+        check_stage(stage, config)
+        check_latent_size(config, config.data.image_size // stage.model.downsampling)
+        if isinstance(source, LatentSource) and source.info.sha256 != stage.sha256:
+            raise ConfigError(
+                f"config.data.dir = {config.data.dir!r} holds latents of another autoencoder ({source.info.sha256[:12]}...) "
+                f"than config.autoencoder = {config.autoencoder!r} (SHA-256 {stage.sha256[:12]}...): encode the data anew"
+            )
+    if config.text.pretrained:
+        text_model = keep_text_model(config.text.pretrained, workdir, write=False)
+    if write:  # only now that nothing is wrong with either
+        if stage is not None:
+            keep_first_stage(config.autoencoder, workdir)
+        if text_model is not None:
+            keep_text_model(config.text.pretrained, workdir)
+    if config.text.enabled:
+        tokenizer, kept = captions.prepare(
+            config, source, workdir, write, None if text_model is None else text_model.tokenizer
+        )
+    return Parts(tokenizer, stage, text_model), kept
 
 
 def describe(task: Task, source: Source, mesh: Mesh, workdir: pathlib.Path) -> str:
@@ -112,8 +148,8 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     check(config)
     check_continuation(config, workdir)
     first = jax.process_index() == 0
-    tokenizer, kept = captions.prepare(config, source, workdir, first) if config.text.enabled else (None, [])
-    task = make_task(config, tokenizer)
+    parts, kept = _prepare_parts(config, source, workdir, first)
+    tokenizer, task = parts.tokenizer, make_task(config, parts)
     if first:
         print(describe(task, source, mesh, workdir), flush=True)
         write_text(workdir / "config.json", to_json(config))
@@ -126,14 +162,17 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
                 told = {"label": batch["label"]}
                 if tokenizer is not None:
                     told = {"tokens": captions.tokens_of(tokenizer, batch["text"])[0]}
-                yield {"image": batch["image"], "index": batch["index"], **told}
+                shown: dict[str, np.ndarray] = {name: batch[name] for name in ("image", "moments") if name in batch}
+                yield {**shown, "index": batch["index"], **told}
         except ValueError as error:
             raise ConfigError(f"config.data: {error}") from error
         finally:
             iterator.close()
 
     preview: Any = None
-    if config.task == "vae":
+    if isinstance(task, AutoencoderTask):
+        preview = training_images(config, source)
+    elif config.task == "vae":
         real = training_images(config, source)
         preview = np.stack([real.image(i) for i in range(min(PREVIEW, len(real)))])
     elif tokenizer is not None:
@@ -141,7 +180,10 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
         preview = captions.request(tokenizer, [kept[i % len(kept)] for i in range(count)])
     trainable = task.trainable(mesh, preview)
     if config.evaluation.every:
-        scores = make_training_scores(task, source, kept, config.evaluation, mesh, workdir)
+        if isinstance(task, AutoencoderTask):
+            scores = make_training_reconstruction_scores(task, source, config.evaluation, mesh)
+        else:
+            scores = make_training_scores(task, source, kept, config.evaluation, mesh, workdir)
         trainable = dataclasses.replace(trainable, scores=scores, score_every=config.evaluation.every)
     outcome = loop.train(trainable, batches, config.training, mesh, config.sharding.mode, config.seed, workdir)
     bad = getattr(source, "bad", {})

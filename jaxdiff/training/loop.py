@@ -36,7 +36,8 @@ class Trainable:
 
     The state is any pytree dataclass with a `step`; `make_update(axis_name)` gives update(state, batch, key) -> (state, metrics)
     whose metrics hold `loss` and `finite`; `pictures(state)` gives named uint8 images to look at; `scores(state)`, every
-    `score_every` steps and at the end, named numbers.
+    `score_every` steps and at the end, named numbers. `frozen`: arrays that no step changes, update's fourth argument where there
+    are some; no checkpoint holds them. `publish(state, workdir)` is called when the run has come to its end and is saved.
     """
 
     init: Callable[[Key[Array, ""]], Any]
@@ -45,19 +46,29 @@ class Trainable:
     curves: tuple[str, ...]
     scores: Callable[[Any], dict[str, float]] | None = None
     score_every: int = 0
+    frozen: Any = None
+    publish: Callable[[Any, pathlib.Path], None] | None = None
 
 
 def minimise(
-    loss: Loss, init: Callable[[Key[Array, ""]], Params], config: Config, pictures: Pictures, curves: tuple[str, ...]
+    loss: Loss,
+    init: Callable[[Key[Array, ""]], Params],
+    config: Config,
+    pictures: Pictures,
+    curves: tuple[str, ...],
+    frozen: Any = None,
 ) -> Trainable:
-    """The task of minimising one loss over all parameters, with the config's optimiser."""
+    """The task of minimising one loss over all parameters, with the config's optimiser.
+
+    `frozen`: see `Trainable`; the loss's fourth argument where there is some.
+    """
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     rate = learning_rate_schedule(config.optimizer, config.training.num_steps)
 
     def update(axis_name: str | None) -> Update:
         return make_update(loss, optimizer, config.optimizer, rate, config.training.accumulation_steps, axis_name)
 
-    return Trainable(lambda key: create_state(init(key), optimizer), update, pictures, curves)
+    return Trainable(lambda key: create_state(init(key), optimizer), update, pictures, curves, frozen=frozen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +118,7 @@ def train(
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     shapes = jax.eval_shape(task.init, init_key)
-    runner = make_runner(task.make_update, shapes, mesh, mode)
+    runner = make_runner(task.make_update, shapes, mesh, mode, task.frozen)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
     restored = checkpoints.restore_latest(abstract_state(shapes, runner.state_shardings))
     if restored is None:
@@ -126,7 +137,7 @@ def train(
                 except Exception:  # unreadable data, say: what was learnt so far is not lost
                     run.save(state)
                     raise
-                state, metrics = runner.step(state, runner.put_batch(batch), run_key)
+                state, metrics = runner.step(state, runner.put_batch(batch), run_key, *runner.frozen)
                 run.after_step(step + 1, state, metrics)
                 if received:
                     stopped = received[0]
@@ -222,8 +233,11 @@ class _Run:
             self.saved = self.step
 
     def finish(self, state: Any) -> None:
-        """Save what was reached; draw the last pictures where the run came to its end."""
+        """Save what was reached; publish it and draw the last pictures where the run came to its end."""
         self.save(state)
+        if self.task.publish and self.step >= self.config.num_steps:
+            self.bar.set_postfix_str("publishing")
+            self.task.publish(state, self.log.workdir)
         if self.step >= self.config.num_steps and not self.log.has_picture(self.step):
             self.bar.set_postfix_str("drawing the last samples")
             self.draw(state)

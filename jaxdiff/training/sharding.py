@@ -67,21 +67,30 @@ def fsdp_shardings(shapes: Any, mesh: Mesh, min_size: int = 4096) -> Any:
 class Runner:
     """A compiled update and the way to feed it."""
 
-    step: Callable[[Any, Any, Any], tuple[Any, Any]]  # (state, device batch, key) -> (state, metrics)
+    step: Callable[..., tuple[Any, Any]]  # (state, device batch, key, *frozen) -> (state, metrics)
     put_batch: Callable[[dict[str, np.ndarray]], Any]  # this process's share of a batch -> device batch
     state_shardings: Any
+    frozen: tuple[Any, ...] = ()  # what no step changes, on the devices
 
 
 def make_runner(
-    make_update: Callable[[str | None], Callable[..., Any]], state_shapes: Any, mesh: Mesh, mode: str
+    make_update: Callable[[str | None], Callable[..., Any]],
+    state_shapes: Any,
+    mesh: Mesh,
+    mode: str,
+    frozen: Any = None,
 ) -> Runner:
-    """Run `make_update(axis_name)` on the mesh: mode "jit" (global arrays, donated state) or "pmap" (a literal `jax.pmap`)."""
+    """Run `make_update(axis_name)` on the mesh: mode "jit" (global arrays, donated state) or "pmap" (a literal `jax.pmap`).
+
+    frozen: arrays that no step changes, copied to every device once; the update's fourth argument where there are some.
+    """
+    extra = () if frozen is None else (jax.device_put(frozen, replicated(mesh)),)
     if mode == "jit":
         shardings = fsdp_shardings(state_shapes, mesh)
         sharding = batch_sharding(mesh)
         step = jax.jit(
             make_update(None),
-            in_shardings=(shardings, sharding, replicated(mesh)),
+            in_shardings=(shardings, sharding, replicated(mesh), *(replicated(mesh),) * len(extra)),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         )
@@ -89,13 +98,13 @@ def make_runner(
         def put_global(batch: dict[str, np.ndarray]) -> Any:
             return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
-        return Runner(step, put_global, shardings)
+        return Runner(step, put_global, shardings, extra)
 
     # Under pmap the state has no leading device axis: in_axes and out_axes None keep one (replicated) copy of it.
     pmapped = jax.pmap(
         make_update("data"),
         axis_name="data",
-        in_axes=(None, 0, None),
+        in_axes=(None, 0, None, *(None,) * len(extra)),
         out_axes=(None, None),
         devices=list(mesh.devices.flat),
     )
@@ -104,4 +113,5 @@ def make_runner(
     def put_split(batch: dict[str, np.ndarray]) -> Any:
         return {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
 
-    return Runner(pmapped, put_split, jax.tree.map(lambda _: replicated(mesh), state_shapes))
+    shardings = jax.tree.map(lambda _: replicated(mesh), state_shapes)
+    return Runner(pmapped, put_split, shardings, extra)

@@ -5,6 +5,7 @@ The same function serves one device, a mesh (under `jit`, where the batch is glo
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,20 @@ from jaxtyping import Array, Float, Int, Key
 from jaxdiff.config import OptimizerConfig
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 
-Loss = Callable[[Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]]
-Update = Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]
+Loss = Callable[..., tuple[Float[Array, ""], Metrics]]  # of (params, batch, key), then what is frozen, if anything is
+Update = Callable[..., tuple[TrainState, Metrics]]  # of (state, batch, key), then what is frozen
 
 
 def ema_decay(step: Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
     """Decay of the moving average at `step`: with warm-up min(decay, (1 + n) / (10 + n)), so that it forgets the start."""
     n = step.astype(jnp.float32)
     return jnp.minimum(decay, (1 + n) / (10 + n)) if warmup else jnp.float32(decay)
+
+
+def moving_average(average: Params, params: Params, step: Int[Array, ""], config: OptimizerConfig) -> Params:
+    """The average after the update from `step` to the next, in its own dtype."""
+    decay = ema_decay(step, config.ema_decay, config.ema_warmup)
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(e.dtype) - e), average, params)
 
 
 def accumulated_gradient(
@@ -62,15 +69,17 @@ def make_update(
     The run's key is folded with the step, so that step n draws the same numbers whenever and wherever it is made.
     """
 
-    def update(state: TrainState, batch: Batch, key: Key[Array, ""]) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batch: Batch, key: Key[Array, ""], *frozen: Any) -> tuple[TrainState, Metrics]:
+        def of_trained(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+            return loss(params, batch, key, *frozen)
+
         step_key = jax.random.fold_in(key, state.step)
-        gradient, metrics = accumulated_gradient(loss, state.params, batch, step_key, accumulation_steps)
+        gradient, metrics = accumulated_gradient(of_trained, state.params, batch, step_key, accumulation_steps)
         if axis_name is not None:
             gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        decay = ema_decay(state.step, config.ema_decay, config.ema_warmup)
-        ema_params = jax.tree.map(lambda e, p: e + (1 - decay) * (p.astype(e.dtype) - e), state.ema_params, params)
+        ema_params = moving_average(state.ema_params, params, state.step, config)
         grad_norm = optax.tree.norm(gradient)
         metrics |= {"grad_norm": grad_norm, "learning_rate": jnp.asarray(learning_rate(state.step), jnp.float32)}
         metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

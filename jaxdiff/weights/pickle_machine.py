@@ -3,9 +3,9 @@
 A pickle is a program, which Python's own unpickler runs with all of Python at hand. Here it runs on a small stack machine of
 this module, never on `pickle`:
 
-- It has 35 of pickle's 68 opcodes. No other opcode does anything: OBJ, NEWOBJ, EXT, BYTEARRAY8 ... end the reading.
+- It has 36 of pickle's 68 opcodes. No other opcode does anything: OBJ, NEWOBJ, EXT, BYTEARRAY8 ... end the reading.
 - The names a file may use are looked up in tables of this module (`CALLS`, `STORAGES`); nothing is ever imported by name. Calls
-  give descriptions of tensors (storage, offset, shape, strides) and empty dicts. BUILD sets no attribute.
+  give descriptions of tensors (storage, offset, shape, strides) and dicts. BUILD sets no attribute.
 - Keys of dicts are strings and integers, and no value is compared, hashed or printed, so that a value that holds itself many
   times over costs nothing.
 - A pickle has at most 8 MiB and a million opcodes (30,000 tensors): a few seconds and less than 256 MiB.
@@ -230,14 +230,27 @@ def _rebuild_parameter(tensor: Any, *_: Any) -> Tensor:
     return tensor
 
 
+def _ordered_dict(items: Any = None) -> dict[Any, Any]:
+    """An empty dict; or, as Python 2 wrote it, one of a list of [key, value]."""
+    if items is None:
+        return {}
+    if type(items) is not list or any(type(item) is not list or len(item) != 2 for item in items):
+        raise ValueError("its pickle calls collections.OrderedDict with 1 argument that is not a list of items")
+    if any(type(item[0]) not in (str, int) for item in items):
+        raise ValueError("its pickle has something else than text or a number as the key of a dict")
+    made = {item[0]: item[1] for item in items}
+    items.clear()  # a list serves once, so that long lists named many times over cost nothing
+    return made
+
+
 CALLS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": dict,
+    "collections.OrderedDict": _ordered_dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_parameter": _rebuild_parameter,
 }
 NUM_ARGUMENTS = {
-    "collections.OrderedDict": (0,),
+    "collections.OrderedDict": (0, 1),
     "torch._utils._rebuild_tensor": (4,),
     "torch._utils._rebuild_tensor_v2": (6, 7),
     "torch._utils._rebuild_parameter": (3,),
@@ -261,6 +274,7 @@ OPCODES: dict[str, Callable[[Machine, Any], None]] = {
     "NEWFALSE": lambda machine, _: machine.push(False),
     **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"), Machine.push),
     **dict.fromkeys(("BINUNICODE", "SHORT_BINUNICODE"), Machine.push),
+    "SHORT_BINSTRING": Machine.push,  # how Python 2 wrote its text: files of 2017, such as LPIPS's
     "EMPTY_DICT": lambda machine, _: machine.push({}),
     "EMPTY_LIST": lambda machine, _: machine.push([]),
     "EMPTY_TUPLE": lambda machine, _: machine.push(()),

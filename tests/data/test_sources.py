@@ -56,7 +56,7 @@ def test_mnist_is_cached_and_a_damaged_cache_is_built_again(tmp_path, monkeypatc
         ("tdfs:cifar10", "did you mean tfds:<name>?"),
         ("tfds", "did you mean tfds:<name>?"),
         ("folders", "did you mean folder?"),
-        ("laion", r"unknown data source 'laion': there are digits, mnist, shapes, tfds:<name>, folder, idx$"),
+        ("laion", r"unknown data source 'laion': there are digits, mnist, shapes, tfds:<name>, folder, idx, latents$"),
         ("folder", "'folder' needs the folder it lies in"),
         ("idx", "'idx' needs the folder it lies in"),
     ],

@@ -17,7 +17,9 @@ STRENGTHS = (1.0, 10.0, 60.0)
 
 def value(strength: float) -> np.ndarray:
     """Theirs, of both pairs."""
-    x, y = (torch.from_numpy(side.astype(np.float64).transpose(0, 3, 1, 2)) for side in pair((2, 176, 192, 1), strength))
+    x, y = (
+        torch.from_numpy(side.astype(np.float64).transpose(0, 3, 1, 2)) for side in pair((2, 176, 192, 1), strength)
+    )
     return ms_ssim(x, y, data_range=255, size_average=False).numpy()
 
 

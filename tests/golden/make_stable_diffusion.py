@@ -7,6 +7,7 @@ SEEDS. Where an image is encoded the peer's posterior draws the same noise too.
 """
 
 import contextlib
+import json
 import pathlib
 import tempfile
 
@@ -53,15 +54,15 @@ def noise(number):
     return np.stack([jax.random.normal(key, (side, side, 4)) for key in keys])
 
 
-def scheduler_of(pipe, sampler):
-    """Another scheduler from the file's config, as diffusers' documentation says."""
+def scheduler_of(folder, sampler):
+    """Another scheduler with the file's options, as diffusers' documentation says."""
     import diffusers
 
     from jaxdiff.generation.foreign_schedule import CLASSES
 
     name, _, karras = sampler.partition(" ")
-    options = {"use_karras_sigmas": True} if karras else {}
-    return getattr(diffusers, CLASSES[name]).from_config(pipe.scheduler.config, **options)
+    config = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    return getattr(diffusers, CLASSES[name]).from_config(config | ({"use_karras_sigmas": True} if karras else {}))
 
 
 @contextlib.contextmanager
@@ -75,8 +76,8 @@ def drawn(module, numbers):
         module.randn_tensor = before
 
 
-def pipeline(folder, strength, masked):
-    hide_broken_torchvision()
+def pipeline(folder, sampler, strength, masked):
+    """Built with the scheduler: building it corrects steps_offset and clip_sample."""
     import diffusers
 
     diffusers.logging.set_verbosity_error()
@@ -84,21 +85,20 @@ def pipeline(folder, strength, masked):
     name = "StableDiffusionInpaintPipeline" if masked else name
     build = getattr(diffusers, name).from_pretrained
     quiet = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = build(folder, **quiet)
+    pipe = build(folder, **quiet, **({"scheduler": scheduler_of(folder, sampler)} if sampler else {}))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def theirs(folder, case):
     """The images of diffusers from a folder."""
+    hide_broken_torchvision()
     import torch
     from diffusers.models.autoencoders import vae
     from PIL import Image
 
     kind, sampler, strength, masked = CASES[case]
-    pipe = pipeline(folder, strength, masked)
-    if sampler:
-        pipe.scheduler = scheduler_of(pipe, sampler)
+    pipe = pipeline(folder, sampler, strength, masked)
     inputs = {"prompt": PROMPTS, "negative_prompt": [NEGATIVE] * 2, "guidance_scale": GUIDANCE}
     inputs |= {"num_inference_steps": STEPS, "output_type": "latent"}
     start = 0
@@ -127,6 +127,7 @@ def theirs(folder, case):
 
 
 def make():
+    """The images of the cases in KEPT."""
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         small.write(folder, SD1)

@@ -158,6 +158,21 @@ def test_ordered_dict_with_metadata_and_parameters(tmp_path, layout):
     np.testing.assert_array_equal(arrays["w"], [0, 1, 2])
 
 
+def python2_dict(items):
+    """An OrderedDict as Python 2 wrote it: called with a list of [key, value]; text without its encoding."""
+    pairs = b"".join(b"](U" + bytes([len(key)]) + key.encode() + value + b"e" for key, value in items.items())
+    return name("collections.OrderedDict") + b"](" + pairs + b"e\x85R"
+
+
+@both
+def test_files_that_python_2_wrote(tmp_path, layout):
+    """LPIPS's weights are one."""
+    stored = tensor(storage("0", np.float32, 3, layout).replace(text("0"), b"U\x010"), (3,), (1,))
+    pickled = program(python2_dict({"lin0.model.1.weight": stored}))
+    tensors = read_pth(save(tmp_path / "a.pth", layout, pickled, {"0": np.arange(3, dtype=np.float32)}))
+    np.testing.assert_array_equal(tensors["lin0.model.1.weight"], [0, 1, 2])
+
+
 @both
 def test_a_dict_within_a_checkpoint_is_read_by_its_key(tmp_path, layout):
     inner = dictionary(w=tensor(storage("0", np.float32, 3, layout), (3,), (1,)))
@@ -267,6 +282,7 @@ def attacks(flag):
         "load_from_bytes": (b"ctorch.storage\n_load_from_bytes\n.", "_load_from_bytes"),
         "call of a storage type": (b"ctorch\nFloatStorage\n)R.", "torch.FloatStorage"),
         "call of a dict with arguments": (name("collections.OrderedDict") + b"}\x85R.", "OrderedDict with 1"),
+        "dict of no items": (name("collections.OrderedDict") + b"](K\x01e\x85R.", "OrderedDict with 1"),
         "persistent id": (b"Pevil\n.", "PERSID"),
     }
 
@@ -298,6 +314,14 @@ BOMBS = {
     "doubling in a list": b"]q\x00" + b"h\x00h\x00\x86q\x00" * 200 + b"a",
     "nesting": b")" + b"\x85" * 500_000,
     "marks": b"(" * 900_000,
+    "a list of items many times over": (
+        name("collections.OrderedDict")
+        + b"q\x00](K\x01Neq\x01]("
+        + b"h\x01" * 200_000
+        + b"eq\x02"
+        + b"h\x00h\x02\x85R" * 150_000
+        + b"N"
+    ),
     "memo": b"]" + b"r\xff\xff\xff\xff" * 1000,
     "steps": b"N" * 2_000_000,
     "huge text": b"X\xff\xff\xff\x7f" + b"a" * 100,

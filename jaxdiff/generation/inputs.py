@@ -1,0 +1,78 @@
+"""Images and masks that a user gives, made fit for a model."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from jaxdiff.data.images import decode_image
+from jaxdiff.data.transforms import centre_crop, convert_channels, resize_shorter_side
+
+Picture = UInt8[np.ndarray, "h w c"]
+
+
+def read_image(path: str | pathlib.Path) -> Picture:
+    """An image file's pixels. Raises OSError where it cannot be read, ValueError where it is no image."""
+    return decode_image(pathlib.Path(path).read_bytes(), str(path))
+
+
+def fit_images(images: Any, image_shape: tuple[int, int, int], num: int) -> UInt8[np.ndarray, "n h w c"]:
+    """`num` images of the model's size from one image for all of them, or from as many.
+
+    Each is uint8 [h w c] or [h w]. Its shorter side is scaled and its middle taken, grey becomes RGB or the other way round.
+    """
+    fitted = [_fit(picture, image_shape) for picture in _pictures(images, "image")]
+    return _repeated(fitted, num, "images")
+
+
+def fit_masks(masks: Any, images: Any, image_shape: tuple[int, int, int], num: int) -> UInt8[np.ndarray, "n h w 1"]:
+    """`num` masks of the model's size, 255 where the image is to be made anew and 0 where it is kept.
+
+    Each is uint8, bool, or float in [0, 1], of its image's size: light (at least half) is made anew. Raises ValueError for a
+    mask of another size, and for one that leaves nothing to be made.
+    """
+    pictures, originals = _pictures(masks, "mask"), _pictures(images, "image")
+    for mask, image in zip(pictures * len(originals), originals * len(pictures), strict=True):
+        if mask.shape[:2] != image.shape[:2]:
+            sizes = (f"{picture.shape[1]}x{picture.shape[0]}" for picture in (mask, image))
+            raise ValueError("the mask has {} pixels, the image {}: they must be of one size".format(*sizes))
+    fitted = []
+    for mask in pictures:
+        split = (_fit(mask, (*image_shape[:2], 1)) >= 128).astype(np.uint8) * 255
+        if not split.any():
+            raise ValueError("the mask is black all over: nothing is to be made (white is made anew, black kept)")
+        fitted.append(split)
+    return _repeated(fitted, num, "masks")
+
+
+def _pictures(given: Any, kind: str) -> list[Picture]:
+    """What is given as a list of uint8 [h w c]."""
+    if isinstance(given, np.ndarray) or not isinstance(given, Sequence):
+        given = np.asarray(given)
+        given = list(given) if given.ndim == 4 else [given]
+    pictures = []
+    for picture in map(np.asarray, given):
+        if kind == "mask" and picture.dtype != np.uint8:
+            picture = np.round(np.clip(picture.astype(np.float64), 0, 1) * 255).astype(np.uint8)
+        picture = picture[..., None] if picture.ndim == 2 else picture
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (1, 3):
+            raise ValueError(f"the {kind} must be uint8 [h w 1] or [h w 3], not {picture.dtype} {list(picture.shape)}")
+        pictures.append(picture)
+    return pictures
+
+
+def _fit(picture: Picture, image_shape: tuple[int, int, int]) -> Picture:
+    height, width, channels = image_shape
+    if picture.shape[:2] != (height, width):
+        if height != width:
+            raise ValueError(f"the image must have {width}x{height} pixels, not {picture.shape[1]}x{picture.shape[0]}")
+        picture = centre_crop(resize_shorter_side(picture, height), height)
+    return convert_channels(picture, channels)
+
+
+def _repeated(pictures: list[Picture], num: int, kind: str) -> UInt8[np.ndarray, "n h w c"]:
+    if len(pictures) not in (1, num):
+        raise ValueError(f"{len(pictures)} {kind} for {num} results: give one, or one for each")
+    return np.broadcast_to(np.stack(pictures), (num, *pictures[0].shape))

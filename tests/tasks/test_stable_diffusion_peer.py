@@ -1,0 +1,55 @@
+"""Whole pipelines of Stable Diffusion against those of diffusers, from the same folder and the same noise."""
+
+import numpy as np
+import pytest
+
+from jaxdiff.tasks.stable_diffusion import load_stable_diffusion
+from tests.golden import make_stable_diffusion as peers
+from tests.tasks import small_checkpoint as small
+from tests.tasks.small_checkpoint import images_of, one_device
+
+pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    """Folder and loaded model of a kind."""
+    made = {}
+
+    def of(kind):
+        if kind not in made:
+            folder = small.write(tmp_path_factory.mktemp("model"), kind)
+            made[kind] = folder, load_stable_diffusion(folder, mesh=one_device())
+        return made[kind]
+
+    return of
+
+
+@pytest.mark.parametrize("case", peers.CASES)
+def test_images_are_those_of_diffusers(opened, case):
+    """Float images of about [-1, 1]; 1e-3 is asked for."""
+    folder, sd = opened(peers.CASES[case][0])
+    ours, theirs = images_of(sd, peers, case), peers.theirs(folder, case)
+    error = np.abs(ours - theirs).max()
+    print(f"{case}: largest difference {error:.1e}, largest number {np.abs(theirs).max():.2f}")
+    assert theirs.std() > 0.1 and error < 1e-4 * max(1, np.abs(theirs).max())
+
+
+def test_golden_numbers_are_those_of_the_peer_here(opened, golden_dir):
+    golden = np.load(golden_dir / "stable_diffusion.npz")
+    assert set(golden.files) == set(peers.KEPT)
+    for case in peers.KEPT:
+        folder, _ = opened(peers.CASES[case][0])
+        np.testing.assert_allclose(peers.theirs(folder, case), golden[case], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_tokens_are_those_of_transformers(opened, kind):
+    from transformers import CLIPTokenizer
+
+    folder, sd = opened(kind)
+    prompts = ["", "a cat", "Don't!", "a ! mark", "a prompt that is much longer than the encoder's context"]
+    there = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    ids = there(prompts, padding="max_length", max_length=small.TOKENS, truncation=True).input_ids
+    with pytest.warns(UserWarning, match="was cut"):
+        np.testing.assert_array_equal(sd.tokenizer.encode(prompts), ids)
