@@ -21,3 +21,10 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 def golden_dir() -> pathlib.Path:
     """Folder of the golden .npz files (each is made by the script beside it)."""
     return pathlib.Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """Programs of one file are of no use to the next, and there are gigabytes of them by the end."""
+    yield
+    jax.clear_caches()

@@ -84,8 +84,8 @@ def test_every_notebook_is_tested_and_stored_without_outputs():
     [
         "01_forward_process",
         pytest.param("02_train_ddpm", marks=pytest.mark.slow),
-        "03_inception_score_and_fid",
-        "04_variational_bound",
+        pytest.param("03_inception_score_and_fid", marks=pytest.mark.slow),
+        pytest.param("04_variational_bound", marks=pytest.mark.slow),
     ],
 )
 def test_notebook_runs(name, tmp_path, monkeypatch):

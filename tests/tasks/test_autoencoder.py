@@ -99,7 +99,7 @@ def one_device():
     return steps_of(config_of(**FIVE), 5, perceptual=PERCEPTUAL)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["pmap", *(pytest.param(m, marks=pytest.mark.slow) for m in ("jit", "fsdp"))])
 def test_five_steps_agree_with_one_device(one_device, mode):
     states, metrics = steps_of(config_of(**FIVE), 5, *MODES[mode], perceptual=PERCEPTUAL)
     for name in metrics[-1]:
@@ -179,6 +179,7 @@ def test_the_discriminator_learns_from_the_same_reconstruction(one_device):
     assert found["logits_fake"] == pytest.approx(float(fake.mean()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_without_a_discriminator_there_is_no_trace_of_one():
     """Nor of a perceptual network; what is left is the error and the divergence."""
     changes = {"discriminator_weight": 0.0, "reconstruction": "l2", "kl_weight": 1.0}
@@ -205,6 +206,7 @@ def test_the_moving_average(one_device):
         assert relative_distance(states[n + 1].ema_params, expected) < 1e-6
 
 
+@pytest.mark.slow
 def test_another_place_in_the_batch_is_another_draw():
     config = config_of()
     task, batch, key = AutoencoderTask(config), tiny_batch(config), jax.random.key(0)
@@ -233,6 +235,7 @@ def test_a_run_leaves_pictures_and_curves(finished):
     assert wanted <= set(read_metrics(workdir / "metrics.jsonl")[0])
 
 
+@pytest.mark.slow
 def test_a_run_in_two_parts_is_the_same_run(finished, tmp_path):
     """To the bit: the discriminator and its moments, too."""
     config, _, state = finished
@@ -310,6 +313,7 @@ def test_only_an_autoencoder_reconstructs():
         evaluate_reconstructions(["psnr"], Run(DiffusionTask(tiny_config()), None, 0, ()), scorer)
 
 
+@pytest.mark.slow
 def test_scores_during_training(tmp_path, monkeypatch):
     from jaxdiff.tasks import reconstruct
 

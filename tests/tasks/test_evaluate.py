@@ -128,6 +128,7 @@ def test_results_and_picture(tmp_path, digits):
         results.save(path)
 
 
+@pytest.mark.slow
 def test_bits_per_dim(run, tmp_path):
     """Of a network that predicts nothing: each bound is large, finite, reproducible, and the same on more devices."""
     found = evaluate_likelihood(run, num=6, ode_steps=2)
@@ -143,6 +144,7 @@ def test_bits_per_dim(run, tmp_path):
     assert found.save(tmp_path / "results.json") == [tmp_path / "results.json"]
 
 
+@pytest.mark.slow
 def test_the_bound_of_an_ignorant_network_is_known():
     """x0 predicted as 0: every term of the bound is the posterior's weight times the images' mean square, in closed form."""
     config = tiny_config(**{"diffusion.prediction": "x0", "sampling.variance": "fixed_small"})

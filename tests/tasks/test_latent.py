@@ -162,7 +162,7 @@ def test_no_gradient_reaches_the_first_stage_and_no_state_holds_it(task):
     assert set(state.params) == set(state.ema_params) == {"unet"} and set(trainable.frozen) == {"autoencoder"}
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
+@pytest.mark.parametrize("mode", [pytest.param("jit", marks=pytest.mark.slow), "pmap"])
 def test_steps_are_the_same_on_one_device_and_on_eight(task, mode):
     batch = tiny_batch(task.config)
 

@@ -85,6 +85,7 @@ def test_pixels_outside_the_mask_are_kept(inpainting):
     assert not np.array_equal(images[0], small.image())
 
 
+@pytest.mark.slow
 def test_parameters_that_are_split_stay_so_and_make_the_same_images(sd, folders, monkeypatch):
     mesh = make_mesh(ShardingConfig(fsdp=2), jax.devices()[:2])
     split = load_stable_diffusion(folders(SD1), mesh=mesh)
