@@ -4,19 +4,11 @@ pip install -e '.[peer]', then from the repository: python -m tests.golden.make_
 """
 
 import pathlib
-import sys
 
 import numpy as np
 
+from tests.any_torchvision import import_torchvision
 from tests.weights.small_networks import CONTEXT, END, IMAGES, LATENTS, START, TIME, TOKENS, random_tensor
-
-
-def hide_broken_torchvision():
-    """The peers run without torchvision, but die of one that was built for another torch."""
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        sys.modules["torchvision"] = None
 
 
 def randomise(module):
@@ -29,7 +21,7 @@ def randomise(module):
 
 
 def autoencoder(quant_conv=True):
-    hide_broken_torchvision()
+    import_torchvision()
     from diffusers import AutoencoderKL
 
     return randomise(
@@ -46,7 +38,7 @@ def autoencoder(quant_conv=True):
 
 
 def text_encoder(activation):
-    hide_broken_torchvision()
+    import_torchvision()
     from transformers import CLIPTextConfig, CLIPTextModel
 
     config = CLIPTextConfig(
@@ -65,7 +57,7 @@ def text_encoder(activation):
 
 
 def unet(version):
-    hide_broken_torchvision()
+    import_torchvision()
     from diffusers import UNet2DConditionModel
 
     return randomise(

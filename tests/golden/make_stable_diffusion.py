@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxdiff.diffusion.samplers import INITIAL_NOISE
 from jaxdiff.generation.sampling import IMAGE_LATENTS, KNOWN_LATENTS
-from tests.golden.make_latent_diffusion import channels_first, channels_last, hide_broken_torchvision
+from tests.any_torchvision import import_torchvision
+from tests.golden.make_latent_diffusion import channels_first, channels_last
 from tests.tasks import small_checkpoint as small
 
 SEEDS, PROMPTS, NEGATIVE, GUIDANCE, STEPS = (3, 4), ["a cat", "my dog!"], "blur", 7.5, 6
@@ -92,7 +93,7 @@ def pipeline(folder, sampler, strength, masked):
 
 def theirs(folder, case):
     """The images of diffusers from a folder."""
-    hide_broken_torchvision()
+    import_torchvision()
     import torch
     from diffusers.models.autoencoders import vae
     from PIL import Image

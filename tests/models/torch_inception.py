@@ -4,23 +4,12 @@ import tempfile
 
 import torch
 
-_register_fake = torch.library.register_fake
+from tests.any_torchvision import import_torchvision
 
-
-def _register_fake_but_torchvision(op, *args, **kwargs):
-    """The wheel of torchvision may not carry the operators that its Python half describes; none is needed here."""
-    if isinstance(op, str) and op.startswith("torchvision::"):
-        return lambda function: function
-    return _register_fake(op, *args, **kwargs)
-
-
-torch.library.register_fake = _register_fake_but_torchvision
-try:
-    import pytorch_fid.inception
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-finally:
-    torch.library.register_fake = _register_fake
+import_torchvision()
+import pytorch_fid.inception  # noqa: E402
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3  # noqa: E402
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x  # noqa: E402
 
 resize = interpolate_bilinear_2d_like_tensorflow1x
 

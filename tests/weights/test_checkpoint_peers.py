@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from jaxdiff.weights.checkpoint import COMPONENTS, component_rules, load_params, open_checkpoint
 from jaxdiff.weights.export import save_folder, save_single_file
 from jaxdiff.weights.names import to_theirs
-from tests.golden.make_latent_diffusion import hide_broken_torchvision
+from tests.any_torchvision import import_torchvision
 from tests.weights import small_stable_diffusion as small
 
 # Without a checker of images diffusers warns, unless it is told so.
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.peer, pytest.mark.filterwarnings("ignore")]
 
 
 def classes():
-    hide_broken_torchvision()
+    import_torchvision()
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
@@ -128,7 +128,7 @@ def test_single_files_are_those_that_diffusers_converts(kind, tmp_path):
     """Diffusers' own converters of CompVis files, given ours, give the tensors of our folders."""
     import torch
 
-    hide_broken_torchvision()
+    import_torchvision()
     from diffusers.loaders import single_file_utils as theirs
 
     params, configs = small.all_params(kind), small.configs(kind)
@@ -156,7 +156,7 @@ def test_single_files_are_those_that_diffusers_converts(kind, tmp_path):
 
 def test_the_text_encoder_that_was_whole_is_cut_as_diffusers_cuts_it():
     """Of 24 layers of OpenCLIP the last is not read, told by the keys that diffusers leaves out."""
-    hide_broken_torchvision()
+    import_torchvision()
     from diffusers.loaders.single_file_utils import SD_2_TEXT_ENCODER_KEYS_TO_IGNORE as left_out
 
     rules = component_rules("text_encoder", {"num_hidden_layers": 23, "hidden_act": "gelu"}, as_single_file=True)
@@ -167,7 +167,7 @@ def test_the_text_encoder_that_was_whole_is_cut_as_diffusers_cuts_it():
 def test_a_whole_pipeline_comes_out_of_a_single_file(tmp_path):
     """Diffusers' from_single_file, which is told the small sizes by a folder."""
     pipe_of = {small.KINDS[0]: "StableDiffusionPipeline", small.KINDS[2]: "StableDiffusionPipeline"}
-    hide_broken_torchvision()
+    import_torchvision()
     import diffusers
 
     for kind, name in pipe_of.items():

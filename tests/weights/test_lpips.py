@@ -12,6 +12,7 @@ from jaxdiff.losses import perceptual_distance
 from jaxdiff.models.vgg import BLOCKS, VGG16
 from jaxdiff.tasks.perceptual import lpips_distance
 from jaxdiff.weights import lpips
+from tests.any_torchvision import import_torchvision
 from tests.weights.test_pth import LEGACY, dictionary, program, save, storage, tensor
 
 SMALL = ((4, 2), (6, 1))
@@ -119,7 +120,7 @@ def test_lpips_package_gives_the_same(tmp_path):
     torch, package, theirs = their_lpips()
     files = pathlib.Path(package.__file__).parent / "weights" / "v0.1"
     assert hashlib.sha256((files / "vgg.pth").read_bytes()).hexdigest() == lpips.LINEAR_SHA256
-    tensors = random_vgg(lpips.BLOCKS)
+    tensors = random_vgg(BLOCKS)
     names = theirs.net.state_dict()  # slice1.0.weight is features.0.weight
     theirs.net.load_state_dict({n: torch.from_numpy(tensors[f"features.{n.split('.', 1)[1]}"]) for n in names})
     params = {
@@ -134,28 +135,7 @@ def test_lpips_package_gives_the_same(tmp_path):
 
 
 def their_lpips():
-    """The package, with a VGG16 of torch's layers where torchvision is missing or built for another torch."""
-    import sys
-    import types
-
     torch = pytest.importorskip("torch")
-    try:
-        import torchvision  # noqa: F401
-    except (ImportError, RuntimeError):
-        layers, inputs = [], 3
-        for channels, count in lpips.BLOCKS:
-            for _ in range(count):
-                layers += [torch.nn.Conv2d(inputs, channels, 3, padding=1), torch.nn.ReLU(inplace=True)]
-                inputs = channels
-            layers.append(torch.nn.MaxPool2d(2))
-        made = types.SimpleNamespace(features=torch.nn.Sequential(*layers))
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        fake = types.ModuleType("torchvision")
-        fake.models = types.SimpleNamespace(vgg16=lambda pretrained: made)
-        sys.modules["torchvision"] = fake
-        package = pytest.importorskip("lpips")
-        del sys.modules["torchvision"]
-    else:
-        package = pytest.importorskip("lpips")
+    import_torchvision()
+    package = pytest.importorskip("lpips")
     return torch, package, package.LPIPS(net="vgg", pnet_rand=True, verbose=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.weights.tokenizer import END, START, Tokenizer, train_tokenizer
-from tests.golden.make_latent_diffusion import hide_broken_torchvision
+from tests.any_torchvision import import_torchvision
 
 CAPTIONS = [
     "a small red circle at the top left", "a large blue square", "a red triangle and a green circle, side by side",
@@ -121,7 +121,7 @@ def test_refusals(tokenizer, tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pad_token", [END, "!"])
 def test_ids_are_those_of_transformers(tokenizer, tmp_path, pad_token):
-    hide_broken_torchvision()
+    import_torchvision()
     from transformers import CLIPTokenizer
 
     ours = Tokenizer.create(tokenizer.vocabulary, tokenizer.merges, pad_token=pad_token)
