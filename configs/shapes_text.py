@@ -3,7 +3,7 @@
     python train.py --config configs/shapes_text.py
     python sample.py --workdir runs/shapes_text --prompt "a large green star to the left of a small blue circle" --num 4
 
-Not tuned yet: no run of all its steps has been judged. The judge:
+Not tuned yet: no run of these settings has been judged, and it is not known to follow its text. The judge:
 
     python -m benchmarks.text_followed --workdir runs/shapes_text --num 200
 
@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.attention_resolutions = ()  # the middle, at 4x4, reads the words
     config.model.num_heads = 4
     config.model.dropout = 0.0
-    config.diffusion.schedule = "linear"  # half of its levels show so little that the words must say it
+    config.diffusion.schedule = "linear"  # nearly half of its levels show so little that the words must say it
     config.diffusion.prediction = "x0"  # what is clean is simple here, and noise is not
     config.diffusion.loss = "min_snr"
     config.diffusion.min_snr_floor = 1.0
