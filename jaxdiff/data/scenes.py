@@ -1,6 +1,6 @@
 """Scenes of one or two coloured shapes, and the captions that describe them: caption -> facts and back.
 
-A caption always names colour and shape, and may leave out size, place and background: a fact that is not said is None.
+A caption always names colour and shape, and may leave out size and place: a fact that is not said is None.
 """
 
 import dataclasses
@@ -25,7 +25,6 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 SIZES = ("small", "large")
-BACKGROUNDS = ("light", "dark")
 PLACES = {  # (x, y): left to right, top to bottom
     "top left": (-1, -1),
     "top": (0, -1),
@@ -68,7 +67,6 @@ class Scene:
     """One thing anywhere, or two of different colours side by side or one above the other."""
 
     things: tuple[Thing, ...]
-    background: str | None = None
 
 
 def pick(options: Sequence[T], u: float) -> T:
@@ -83,30 +81,29 @@ def check_split(split: str) -> None:
 
 
 def make_scene(
-    first: tuple[str, str], others: Sequence[tuple[str, str]], two: bool, u: Float[np.ndarray, " 6"]
+    first: tuple[str, str], others: Sequence[tuple[str, str]], two: bool, u: Float[np.ndarray, " 5"]
 ) -> Scene:
     """A whole scene with `first` (colour, shape) in it; a second thing is one of `others`, of another colour."""
-    sizes, background = (pick(SIZES, u[0]), pick(SIZES, u[1])), pick(BACKGROUNDS, u[2])
+    sizes = pick(SIZES, u[0]), pick(SIZES, u[1])
     if not two:
-        return Scene((Thing(*first, sizes[0], pick(tuple(PLACES), u[3])),), background)
-    second = pick([pair for pair in others if pair[0] != first[0]], u[4])
-    places = pick(tuple(RELATIONS), u[5])
-    return Scene((Thing(*first, sizes[0], places[0]), Thing(*second, sizes[1], places[1])), background)
+        return Scene((Thing(*first, sizes[0], pick(tuple(PLACES), u[2])),))
+    second = pick([pair for pair in others if pair[0] != first[0]], u[3])
+    places = pick(tuple(RELATIONS), u[4])
+    return Scene((Thing(*first, sizes[0], places[0]), Thing(*second, sizes[1], places[1])))
 
 
-def make_caption(scene: Scene, u: Float[np.ndarray, " 8"]) -> str:
+def make_caption(scene: Scene, u: Float[np.ndarray, " 7"]) -> str:
     """Words for a scene. The numbers u in [0, 1) choose among wordings, and which facts are left out."""
     names = [_name(thing, *numbers) for thing, numbers in zip(scene.things, (u[0:2], u[2:4]), strict=False)]
     opening = pick(("", "", "", "a picture of ", "there is "), u[4])
-    ending = f" on a {scene.background} background" if scene.background and u[5] < 0.3 else ""
-    said = u[6] < 0.8
+    said = u[5] < 0.8
     if len(names) == 1:
         place = scene.things[0].place
-        where = " " + pick(_place_words(place), u[7]) if place and said else ""
-        return opening + names[0] + where + ending
+        where = " " + pick(_place_words(place), u[6]) if place and said else ""
+        return opening + names[0] + where
     places = (scene.things[0].place, scene.things[1].place)
-    between = pick(RELATIONS[places], u[7]) if said and places in RELATIONS else "and"  # type: ignore[index]
-    return f"{opening}{names[0]} {between} {names[1]}{ending}"
+    between = pick(RELATIONS[places], u[6]) if said and places in RELATIONS else "and"  # type: ignore[index]
+    return f"{opening}{names[0]} {between} {names[1]}"
 
 
 def parse_caption(caption: str) -> Scene:
@@ -118,7 +115,6 @@ def parse_caption(caption: str) -> Scene:
     if not 1 <= len(found) <= 2:
         raise ValueError(f"caption {caption!r} names {len(found)} coloured shapes, not one or two")
     things = [Thing(thing["colour"], thing["shape"], _SIZE_OF.get(thing["size"])) for thing in found]
-    background = re.search(rf"\b({'|'.join(BACKGROUNDS)}) background\b", caption)
     if len(things) == 1:
         place = re.search(
             r"\b(top left|top right|bottom left|bottom right|top|bottom|left|right|centre|middle)\b", caption
@@ -129,7 +125,7 @@ def parse_caption(caption: str) -> Scene:
         between = re.sub(r" an?$", "", between)
         places = next((pair for pair, words in RELATIONS.items() if between in words), (None, None))
     placed = (dataclasses.replace(thing, place=place) for thing, place in zip(things, places, strict=True))
-    return Scene(tuple(placed), background[1] if background else None)
+    return Scene(tuple(placed))
 
 
 def prompts(split: str, num: int, seed: int = 0, two_objects: float = TWO_OBJECTS) -> list[str]:
@@ -141,8 +137,8 @@ def prompts(split: str, num: int, seed: int = 0, two_objects: float = TWO_OBJECT
     pool, rng = SPLITS[split], np.random.default_rng([seed, 0x70726F6D])
     orders = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-num // len(pool)) + 1)])
     num_two = round(num * two_objects)
-    scenes = [make_scene(pool[k], pool, i < num_two, rng.random(6)) for i, k in enumerate(orders[:num])]
-    return [make_caption(scene, rng.random(8)) for scene in scenes]
+    scenes = [make_scene(pool[k], pool, i < num_two, rng.random(5)) for i, k in enumerate(orders[:num])]
+    return [make_caption(scene, rng.random(7)) for scene in scenes]
 
 
 def _name(thing: Thing, u_size: float, u_word: float) -> str:

@@ -28,7 +28,7 @@ LENGTHS = {"train": 50_000, "test": 5_000, "held_out": 5_000}
 RADII = {"small": 4 / 32, "large": 5.6 / 32}  # in units of the image's side
 REACH = 1.2  # half the largest side of any shape of radius 1
 DROPS = {"triangle": 0.325, "star": 0.12}  # from the middle of the bounding box down to the centre, in radii
-LEVELS = {"light": 240, "dark": 25}  # grey of the background
+GROUND = 128  # the grey that shapes lie on: the middle, so that nothing but shapes is there to be learnt
 IMAGE_SIZE = 64  # a loader takes 32 from it by the mean of 2x2 pixels
 
 Grid = Float[np.ndarray, "h w"]
@@ -51,19 +51,19 @@ class ShapesSource:
     def __getitem__(self, index: int) -> Example:
         scene, numbers = self._scene(index)
         image = draw(scene, IMAGE_SIZE, 2 * numbers[:4].reshape(2, 2) - 1)
-        return {"image": image, "label": 0, "text": make_caption(scene, numbers[4:12])}
+        return {"image": image, "label": 0, "text": make_caption(scene, numbers[4:11])}
 
     def scene(self, index: int) -> Scene:
         """Everything about picture `index`, also what its caption leaves out."""
         return self._scene(index)[0]
 
-    def _scene(self, index: int) -> tuple[Scene, Float[np.ndarray, " 12"]]:
+    def _scene(self, index: int) -> tuple[Scene, Float[np.ndarray, " 11"]]:
         """The scene and the numbers left over for its drawing and its caption."""
         if not 0 <= index < len(self):
             raise IndexError(f"shapes: there is no picture {index} among the {len(self):,} of split {self.split!r}")
-        u = np.random.default_rng([list(SPLITS).index(self.split), index]).random(20)
+        u = np.random.default_rng([list(SPLITS).index(self.split), index]).random(18)
         pool = SPLITS[self.split]
-        return make_scene(pick(pool, u[0]), pool, u[1] < TWO_OBJECTS, u[2:8]), u[8:20]
+        return make_scene(pick(pool, u[0]), pool, u[1] < TWO_OBJECTS, u[2:7]), u[7:18]
 
     def describe(self) -> str:
         """One line: what, how many, how large, from where."""
@@ -79,9 +79,9 @@ def open_shapes(split: str = "train") -> ShapesSource:
 def draw(scene: Scene, size: int = IMAGE_SIZE, jitter: np.ndarray | None = None) -> UInt8[np.ndarray, "s s 3"]:
     """A picture of a scene; jitter [things 2] in [-1, 1] moves the things about their places.
 
-    What the scene leaves unsaid: large, in the centre (two things: left and right), on a light background.
+    What the scene leaves unsaid: large, in the centre (two things: left and right).
     """
-    image = np.full((size, size, 3), LEVELS[scene.background or "light"], np.float32)
+    image = np.full((size, size, 3), GROUND, np.float32)
     for k, thing in enumerate(scene.things):
         place = thing.place or (("left", "right")[k] if len(scene.things) > 1 else "centre")
         radius = RADII[thing.size or "large"]
