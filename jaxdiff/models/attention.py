@@ -1,6 +1,8 @@
 """Attention over pixels and text: DDPM's block, and the transformer of latent diffusion (Rombach et al. 2022)."""
 
-from typing import Any, Literal
+import functools
+import math
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -12,6 +14,8 @@ from jaxtyping import Array, Float
 from jaxdiff.models.layers import default_init, group_norm, zero_init
 
 AttentionImplementation = Literal["xla", "cudnn"] | None
+# Where a CPU takes heads one by one (see `attend`): from so many weights a head, and at most so many queries at a time.
+MANY_WEIGHTS, LARGEST_CHUNK = 2**19, 128
 
 
 def choose_implementation(
@@ -29,6 +33,53 @@ def choose_implementation(
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         raise ValueError(f'attention_implementation="cudnn" needs dtype bfloat16 or float16, not {jnp.dtype(dtype)}')
     return "cudnn" if head_dim % 8 == 0 and head_dim <= 128 else "xla"
+
+
+def attend(
+    query: Float[Array, "b n heads d"],
+    key: Float[Array, "b m heads d"],
+    value: Float[Array, "b m heads d"],
+    causal: bool = False,
+    implementation: AttentionImplementation = None,
+) -> Float[Array, "b n heads d"]:
+    """softmax(q k^T / sqrt(d)) v for every head; the softmax is float32.
+
+    With no implementation asked for, a CPU looks at many tokens head by head, some queries at a time: then what a softmax
+    works on fits into its caches.
+    """
+    n, m = query.shape[1], key.shape[1]
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=causal, implementation=implementation)
+    chunk = next((size for size in range(min(n, LARGEST_CHUNK), LARGEST_CHUNK // 4 - 1, -1) if n % size == 0), None)
+    if causal or implementation is not None or n * m < MANY_WEIGHTS or chunk is None:
+        return cast(Array, plain(query, key, value))
+    by_head = functools.partial(attend_by_head, chunk=chunk)
+    return cast(Array, jax.lax.platform_dependent(query, key, value, cpu=by_head, default=plain))
+
+
+def attend_by_head(
+    query: Float[Array, "b n heads d"], key: Float[Array, "b m heads d"], value: Float[Array, "b m heads d"], chunk: int
+) -> Float[Array, "b n heads d"]:
+    """The same, one head after the other and `chunk` of the n queries at a time; gradients compute the weights again.
+
+    All images side by side, so that they can be spread over devices.
+    """
+    b, n, _, d = query.shape
+
+    def head(tensors: tuple[Array, Array, Array]) -> Float[Array, "b n d"]:
+        query, key, value = tensors
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def some(query: Float[Array, "b chunk d"]) -> Float[Array, "b chunk d"]:
+            logits = jnp.einsum("bqd,bkd->bqk", query, key, preferred_element_type=jnp.float32)
+            weights = jnp.exp((logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))) / math.sqrt(d))
+            summed = jnp.einsum("bqk,bkd->bqd", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+            return (summed / weights.sum(-1, keepdims=True)).astype(value.dtype)
+
+        chunks = jnp.moveaxis(query.reshape(b, n // chunk, chunk, d), 1, 0)
+        return jnp.moveaxis(jax.lax.map(some, chunks), 0, 1).reshape(b, n, d)
+
+    heads = jax.lax.map(head, tuple(jnp.moveaxis(tensor, 2, 0) for tensor in (query, key, value)))
+    return jnp.moveaxis(heads, 0, 2)
 
 
 class Attention(nn.Module):
@@ -62,12 +113,12 @@ class Attention(nn.Module):
             )(inputs)
             return projected.reshape(*projected.shape[:-1], self.num_heads, head_dim)
 
-        h = jax.nn.dot_product_attention(
+        h = attend(
             heads("query", x),
             heads("key", source),
             heads("value", source),
-            is_causal=self.causal,
-            implementation=choose_implementation(self.implementation, head_dim, self.dtype),
+            self.causal,
+            choose_implementation(self.implementation, head_dim, self.dtype),
         )
         return nn.Dense(
             channels, kernel_init=self.out_init, dtype=self.dtype, param_dtype=self.param_dtype, name="out"

@@ -116,15 +116,21 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Double the image by repeating pixels (nearest neighbour), then a 3x3 convolution."""
+    """Double the image by repeating pixels (nearest neighbour), then a 3x3 convolution.
+
+    size: height and width of the result, where they are not twice those of x but one less.
+    """
 
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
-        """Double height and width."""
-        return conv3x3(x.shape[-1], self.dtype, self.param_dtype, "conv")(repeat_pixels(x))
+    def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, ...] | None = None) -> Float[Array, "b 2h 2w c"]:
+        """Double height and width, or bring them to `size`: what a level had that halving rounded up."""
+        h = repeat_pixels(x)
+        if size is not None:
+            h = h[:, : size[0], : size[1]]
+        return conv3x3(x.shape[-1], self.dtype, self.param_dtype, "conv")(h)
 
 
 def repeat_pixels(x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:

@@ -62,6 +62,8 @@ class UNetBlock(nn.Module):
 class UNet(nn.Module):
     """Network of a diffusion model: noised images and their times to a prediction of the same size.
 
+    A level of an odd height or width is halved to the larger half, and what comes back from there is cut to its size.
+
     attention_resolutions: heights of the feature maps that get attention (an image of 32 pixels with patch_size 1 has
         levels of 32, 16, 8 ... pixels; with patch_size 2 of 16, 8, 4 ...). The middle always has one.
     attention_levels: the same by level (0: the largest feature map), whatever the image's size; instead of the resolutions.
@@ -141,7 +143,7 @@ class UNet(nn.Module):
                 h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = self._block(width, self._attends(level, h), f"up_{level}_{i}")(h, embedding, context, train)
             if level > 0:
-                h = Upsample(name=f"up_{level}_upsample", **dtypes)(h)
+                h = Upsample(name=f"up_{level}_upsample", **dtypes)(h, skips[-1].shape[1:3])
 
         h = nn.swish(group_norm(h.shape[-1], self.norm_epsilon, name="norm_out", groups=self.norm_groups, **dtypes)(h))
         h = conv3x3(self.out_channels * self.patch_size**2, name="conv_out", kernel_init=zero_init, **dtypes)(h)
@@ -198,11 +200,10 @@ class UNet(nn.Module):
     def _check(
         self, x: Float[Array, "b h w c"], label: Int[Array, " b"] | None, context: Float[Array, "b n k"] | None
     ) -> None:
-        multiple = self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
-        if x.shape[1] % multiple or x.shape[2] % multiple:
+        if x.shape[1] % self.patch_size or x.shape[2] % self.patch_size:
             raise ValueError(
-                f"U-Net: images of {x.shape[1]}x{x.shape[2]} pixels, but patch_size {self.patch_size} and "
-                f"{len(self.channel_multipliers)} levels need height and width to be multiples of {multiple}"
+                f"U-Net: images of {x.shape[1]}x{x.shape[2]} pixels, but patch_size {self.patch_size} needs height and "
+                f"width to be multiples of {self.patch_size}"
             )
         if label is not None and self.num_classes == 0:
             raise ValueError("U-Net: got labels, but num_classes is 0; set num_classes or leave the labels out")

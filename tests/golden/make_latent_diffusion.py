@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 
 from tests.any_torchvision import import_torchvision
-from tests.weights.small_networks import CONTEXT, END, IMAGES, LATENTS, START, TIME, TOKENS, random_tensor
+from tests.weights.small_networks import CONTEXT, END, IMAGES, LATENTS, ODD, START, TIME, TOKENS, random_tensor
 
 
 def randomise(module):
@@ -103,6 +103,9 @@ def their_outputs():
             peer = unet(version)
             output = peer(channels_first(LATENTS), torch.from_numpy(TIME), torch.from_numpy(CONTEXT)).sample
             outputs[f"unet {version}"] = channels_last(output)
+            if version == 1:
+                output = peer(channels_first(ODD), torch.from_numpy(TIME), torch.from_numpy(CONTEXT)).sample
+                outputs["unet 1 odd"] = channels_last(output)
     return {name: np.ascontiguousarray(output, np.float32) for name, output in outputs.items()}
 
 

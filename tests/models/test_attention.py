@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from scipy.special import erf
 
+from jaxdiff.models import attention
 from jaxdiff.models.attention import (
     Attention,
     AttentionBlock,
@@ -134,3 +135,40 @@ def test_cudnn_only_when_asked_for_and_possible():
 def test_heads_must_divide_channels():
     with pytest.raises(ValueError, match="10 channels cannot be split into 4 heads"):
         Attention(num_heads=4).init(jax.random.key(0), jnp.ones((1, 3, 10)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_many_tokens_are_attended_to_head_by_head_and_the_result_is_the_same(monkeypatch, dtype):
+    """Output and gradients; float64's closed form decides."""
+    monkeypatch.setattr(attention, "MANY_WEIGHTS", 1)
+    monkeypatch.setattr(attention, "LARGEST_CHUNK", 4)
+    rng = np.random.default_rng(0)
+    q, k, v, target = (jnp.asarray(rng.standard_normal((2, n, 3, 5)), dtype) for n in (6, 7, 7, 6))
+
+    def loss(function):
+        return lambda q, k, v: (function(q, k, v).astype(jnp.float32) * target.astype(jnp.float32)).sum()
+
+    program = jit(jax.value_and_grad(loss(attention.attend), (0, 1, 2)))
+    assert "while" in program.lower(q, k, v).as_text(), "all at once after all"
+    ours = program(q, k, v)
+    plain = jit(jax.value_and_grad(loss(jax.nn.dot_product_attention), (0, 1, 2)))(q, k, v)
+    tolerance = 1e-5 if dtype == "float32" else 0.1
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_allclose(np.float32(one), np.float32(other), atol=tolerance, rtol=tolerance)
+    logits = np.einsum("bqhd,bkhd->bhqk", *(np.asarray(x, np.float64) for x in (q, k))) / np.sqrt(5)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    expected = (np.einsum("bhqk,bkhd->bqhd", weights, np.asarray(v, np.float64)) * np.asarray(target, np.float64)).sum()
+    assert float(ours[0]) == pytest.approx(expected, abs=1e-4 if dtype == "float32" else 0.3)
+
+
+@pytest.mark.parametrize("change", [{"causal": True}, {"implementation": "xla"}, {}])
+def test_what_cannot_be_split_is_attended_to_at_once(monkeypatch, change):
+    """A causal mask, an implementation that was asked for, a prime number of queries."""
+    monkeypatch.setattr(attention, "MANY_WEIGHTS", 1)
+    monkeypatch.setattr(attention, "LARGEST_CHUNK", 8)
+    q = jax.random.normal(jax.random.key(0), (1, 6 if change else 11, 1, 4))
+    run = jit(lambda q: attention.attend(q, q, q, **change))
+    assert "while" not in run.lower(q).as_text()
+    expected = jax.nn.dot_product_attention(q, q, q, is_causal="causal" in change)
+    np.testing.assert_allclose(run(q), expected, atol=1e-6)
