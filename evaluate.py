@@ -12,6 +12,7 @@ also a statistics file (.npz with `mu` and `sigma`, this command's or another to
 
 fid   Frechet inception distance          is   inception score           kid  kernel inception distance
 sfid  the same of an inner layer          pr   precision and recall      bpd  bits per dimension, by the bound and the ODE
+swd, ms_ssim       sliced Wasserstein distance; how alike pairs of images are (both without a network)
 psnr, ssim, rfid   of an autoencoder's reconstructions: dB, structural similarity, fid against the originals
 
 The table is printed and added to results.json in the workdir (for --images: NAME_results.json beside them) with all that it takes
@@ -28,6 +29,7 @@ from jaxdiff.config import Config, ConfigError
 from jaxdiff.evaluation.extractors import load_extractor
 from jaxdiff.evaluation.images import open_images
 from jaxdiff.tasks import evaluate as tasks
+from jaxdiff.tasks.results import Results, read_results
 from jaxdiff.tasks.run import load_run
 from jaxdiff.tasks.score import Scorer, local_mesh
 
@@ -44,7 +46,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     what.add_argument("--images", help="score these images")
     what.add_argument("--make_reference", action="store_true", help="write the statistics of --data to --out")
     parser.add_argument("--metrics", default="fid,is", help="of the names below (default fid,is)")
-    parser.add_argument("--num", type=int, help="how many images (default: 5000 samples, 256 for bpd, else all)")
+    parser.add_argument("--num", type=int, help="how many (default: 5000 samples; swd 16384, bpd 256; else all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first sample, and of every random choice")
     parser.add_argument("--reference", help="what to compare with (default with --workdir: the run's data)")
     parser.add_argument("--data", help="with --make_reference: the images")
@@ -57,10 +59,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[tasks.Results]:
+def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results]:
     """The results asked for, one after the other."""
     run = load_run(args.workdir) if args.workdir else None
-    sampling = command_line.sampling_settings(args, run.task.config, args.num or 5000) if run else None
+    num = args.num or tasks.default_num(metrics)
+    sampling = command_line.sampling_settings(args, run.task.config, num) if run else None
     if run and "bpd" in metrics:
         yield tasks.evaluate_likelihood(run, args.data_dir, args.split, args.num or 256, args.seed, args.ode_steps)
         metrics = [name for name in metrics if name != "bpd"]
@@ -75,21 +78,19 @@ def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[tasks.R
     if not metrics:
         return
     if run and sampling:
-        run.task.describe_sampling(sampling)  # says so where a run makes no samples
-    scorer = make_scorer()
+        run.task.describe_sampling(sampling)  # says so where it makes none
+    scorer = make_scorer() if args.make_reference or set(metrics) - set(tasks.PIXEL_METRICS) else None
     options, split, size = command_line.score_options(args), args.split or "train", args.image_size
     if run:
-        reference = tasks.Reference(args.reference or "", args.data_dir, split, size or run.task.config.data.image_size)
-        workdir, num = pathlib.Path(args.workdir), args.num or 5000
-        yield tasks.evaluate_samples(metrics, run, workdir, reference, scorer, options, num, args.seed, sampling)
+        where, against = args.workdir, tasks.Reference(args.reference or "", args.data_dir, split, size)
+        yield tasks.evaluate_samples(metrics, run, where, against, scorer, options, args.num, args.seed, sampling)
         return
-    name = args.data if args.make_reference else args.images
-    images = open_images(name, args.data_dir, split, size=size, num=args.num, seed=args.seed)
-    if args.make_reference:
+    images = open_images(args.data or args.images, args.data_dir, split, size=size, num=args.num, seed=args.seed)
+    if scorer is not None and args.make_reference:
         yield tasks.make_reference(images, scorer, pathlib.Path(args.out))
-    else:
-        compared = tasks.Reference(args.reference, args.data_dir, split, size) if args.reference else None
-        yield tasks.evaluate_images(metrics, images, compared, scorer, options)
+        return
+    compared = tasks.Reference(args.reference, args.data_dir, split, size) if args.reference else None
+    yield tasks.evaluate_images(metrics, images, compared, scorer, options)
 
 
 def main() -> None:
@@ -102,7 +103,7 @@ def main() -> None:
         place = pathlib.Path(args.workdir or args.images or args.out)
         name = "results.json" if args.workdir else f"{place.stem}_results.json"
         path = pathlib.Path(args.out or (place if args.workdir else place.parent)) / name
-        tasks.read_results(path)  # so that a file that cannot be added to is found out first
+        read_results(path)  # so that a file that cannot be added to is found out first
         try:
             for results in results_of(args, metrics):
                 for line in results.warnings:

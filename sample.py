@@ -7,6 +7,7 @@
     python sample.py --workdir runs/shapes_text --prompt "a blue star" --init_image in.png --strength 0.6
     python sample.py --workdir runs/shapes_text --prompt "a blue star" --init_image in.png --mask_image mask.png
     python sample.py --workdir runs/mnist --label 3 --interpolate 8
+    python sample.py --workdir runs/digits_progressive_gan --num 64 --truncation 0.7 --resolution 4
     python sample.py --model path/to/stable-diffusion-v1-5 --prompt "an astronaut on a horse" --guidance 7.5 --steps 30 --num 4
     python sample.py --model v1-5-pruned-emaonly.safetensors --tokenizer path/to/tokenizer --prompt "a cat" --sampler dpm++2m
     python sample.py --model path/to/sd-inpainting --prompt "a hat" --init_image in.png --mask_image mask.png
@@ -20,7 +21,10 @@ otherwise for another one). Defaults of the settings are those of the run.
 There the settings are the scheduler file's; --num is the number of prompts. No safety checker looks at the images.
 
 --init_image begins from an image, noised as far as --strength says. With --mask_image only what is white there is made anew.
---interpolate N makes N images, named 0 to N - 1, from seed SEED to SEED + 1, or from one --prompt to another.
+--interpolate N makes N images, named 0 to N - 1, from seed SEED to SEED + 1, or from one --prompt to another, and a GIF of them.
+
+Of a progressive GAN's run images have the resolution that it has grown to; --resolution asks for fewer pixels, the means of
+those made. --truncation keeps the numbers of the latents near 0: less variety.
 """
 
 import argparse
@@ -37,9 +41,9 @@ from jaxdiff.command_line import (
     sampling_settings,
     set_up_compilation_cache,
 )
-from jaxdiff.files import replacing, save_png
+from jaxdiff.files import replacing, save_gif, save_png
 from jaxdiff.generation.pictures import image_grid
-from jaxdiff.tasks.asked import add_image_flags, add_model_flags, how_many, open_asked, what_is_asked
+from jaxdiff.tasks.asked import add_image_flags, add_model_flags, check_place, how_many, open_asked, what_is_asked
 from jaxdiff.tasks.dry_run import dry_run
 from jaxdiff.tasks.run import Run
 
@@ -72,6 +76,7 @@ def main() -> None:
     """Open the model, make the images, write them."""
     args = parse_args(sys.argv[1:])
     with one_line_errors():
+        check_place(args)
         set_up_compilation_cache()
         model = open_asked(args)
         num = how_many(args)
@@ -81,11 +86,12 @@ def main() -> None:
             what = f"{args.workdir}, step {model.step}: {num} images, {model.task.describe_sampling(settings)}"
         else:
             settings = model_settings(args, model, num)
-            asked = what_is_asked(args, model, num)
             what = f"{args.model}: {model.describe()}: {num} images, {model.describe_sampling(settings)}"
             if args.dry_run:
-                print(what, dry_run(model, settings), sep="\n")
+                print(what, flush=True)
+                print(dry_run(model, settings))
                 return
+            asked = what_is_asked(args, model, num)
             model = model.load()
         print(what, flush=True)
         images = model.make(asked.seeds, asked.request, settings, strength=asked.strength)
@@ -100,7 +106,11 @@ def main() -> None:
             save_png(folder / f"{name:06d}.png", image)
         grid = folder.parent / f"{folder.name}_grid.png"
         save_png(grid, image_grid(images[:1024]))
-        print(f"wrote {num} PNG files to {folder}/ and {grid}")
+        written = [grid]
+        if args.interpolate:
+            written.append(grid.with_name(f"{folder.name}.gif"))
+            save_gif(written[-1], np.stack([image_grid(image[None], padding=0) for image in images]))
+        print(f"wrote {num} PNG files to {folder}/ and {', '.join(map(str, written))}")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ autoencoders ConvVAE, Gaussian, normal_log_density, discretized_normal_log_likel
              log_importance_weight, iwae_bound, nats_to_bits_per_dim
 scores       load_extractor, Moments, frechet_distance, frechet_infinite, kernel_distance, inception_score, precision_recall
 checkpoints  load_stable_diffusion, StableDiffusion
+serving      export_sampler
 whole runs   default_config, to_config, DiffusionTask, train_run, load_run
 """
 
@@ -44,6 +45,7 @@ from jaxdiff.evaluation.inception_score import inception_score
 from jaxdiff.evaluation.kernel import kernel_distance
 from jaxdiff.evaluation.moments import Moments
 from jaxdiff.evaluation.neighbours import precision_recall
+from jaxdiff.generation.export import export_sampler
 from jaxdiff.generation.generate import from_uint8, to_uint8
 from jaxdiff.generation.image_model import ImageModel
 from jaxdiff.generation.pictures import image_grid
@@ -89,6 +91,7 @@ __all__ = [
     "diffusion_loss",
     "discretized_normal_log_likelihood",
     "dynamic_threshold",
+    "export_sampler",
     "frechet_distance",
     "frechet_infinite",
     "from_uint8",

@@ -16,9 +16,9 @@ from ml_collections import config_flags
 
 from jaxdiff.config import Config, ConfigError, SamplingConfig, check, to_config
 from jaxdiff.evaluation.extractors import EXTRACTORS, PRECISIONS
-from jaxdiff.evaluation.scores import NEED_REFERENCE, Options, check_metrics
+from jaxdiff.evaluation.scores import Options, check_metrics
 from jaxdiff.files import cache_folder
-from jaxdiff.tasks.evaluate import ALL_METRICS, RECONSTRUCTION_METRICS
+from jaxdiff.tasks.evaluate import ALL_METRICS, RECONSTRUCTION_METRICS, WANT_REFERENCE
 from jaxdiff.tasks.stable_diffusion import StableDiffusion
 from jaxdiff.training.checkpoints import CheckpointError
 from jaxdiff.training.loop import NonFiniteLossError
@@ -105,6 +105,7 @@ def set_up_compilation_cache() -> None:
 
 
 SAMPLING_FLAGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
+GAN_FLAGS = ("truncation", "resolution")
 SAMPLING_HELP = {
     "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral | pndm | lcm",
     "steps": "steps of the sampler; more is slower and better",
@@ -116,6 +117,8 @@ SAMPLING_HELP = {
     "guidance_end": "... to this one",
     "guidance_rescale": "0 to 1: pull the guided contrast back to normal",
     "clip": "predicted pixels outside their range: none | clip | dynamic",
+    "truncation": "progressive GAN: no number of a latent beyond +- this (0.7, say): less variety; 0 = none cut off",
+    "resolution": "progressive GAN: pixels a side, if fewer than it has grown to",
     "batch_per_device": "images that a device makes at a time",
 }
 
@@ -144,8 +147,10 @@ def sampling_settings(args: argparse.Namespace, config: Config, num: int) -> Sam
     """The run's sampling settings with the flags' changes, for `num` images from --seed on. Raises ConfigError."""
     changes = _changes(args)
     for name in changes:
-        if config.task != "diffusion" and name != "batch_per_device":
-            raise ConfigError(f"--{name} belongs to diffusion models, and this run is of task {config.task!r}")
+        fits = config.task == "progressive_gan" if name in GAN_FLAGS else config.task == "diffusion"
+        if not fits and name != "batch_per_device":
+            whose = "progressive GANs" if name in GAN_FLAGS else "diffusion models"
+            raise ConfigError(f"--{name} belongs to {whose}, and this run is of task {config.task!r}")
     settings = dataclasses.replace(config.sampling, **changes)
     _check_settings(dataclasses.replace(config, sampling=settings), args, num)
     return settings
@@ -232,7 +237,7 @@ def check_evaluation_flags(args: argparse.Namespace) -> list[str]:
     of_runs = [name for name in metrics if name in RECONSTRUCTION_METRICS]
     if of_runs and not args.workdir:
         raise ConfigError(f"--metrics {','.join(of_runs)}: how an autoencoder reconstructs needs its --workdir")
-    wants = [name for name in metrics if name in NEED_REFERENCE] + ["--marginal real"] * (args.marginal == "real")
+    wants = [name for name in metrics if name in WANT_REFERENCE] + ["--marginal real"] * (args.marginal == "real")
     if args.images and wants and not args.reference:
         raise ConfigError(f"{', '.join(wants)} of --images needs --reference: a folder, an .npz file or a data source")
     return metrics

@@ -54,6 +54,8 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     attention_implementation: Literal["auto", "xla", "cudnn"] = "auto"
+    pretrained: str = ""  # Stable Diffusion to begin from: a folder or a .safetensors file, which says what it is
+    pretrained_prediction: Literal["", "noise", "v", "x0"] = ""  # what it predicts, where the file does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,19 @@ class TextConfig:
     dropout: float = 0.1  # fraction of captions replaced by the empty one, for classifier-free guidance
     pooled: bool = False  # the mean of the text's vectors goes to every residual block, too, by the side of the time
     pretrained: str = ""  # folder of a CLIP text encoder, used as it is, with its tokenizer; "" = trained along
+    trained: bool = False  # the text encoder of model.pretrained is trained, too, instead of used as it is
+
+
+LORA_TARGETS = ("attention", "feed_forward", "projections", "text_encoder", "text_feed_forward")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adaptation (Hu et al. 2021): model.pretrained stays as it is, W becomes W + alpha / rank * A B."""
+
+    rank: int = 0  # columns of A and rows of B; 0 = off: everything is trained
+    alpha: float = 0.0  # 0 = as rank
+    targets: tuple[str, ...] = ("attention",)  # of LORA_TARGETS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +120,29 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProgressiveGANConfig:
+    """The progressive GAN (`jaxdiff.models.progressive_gan`): networks, growth up to data.image_size, losses."""
+
+    latent_dim: int = 512
+    channel_base: int = 8192  # feature maps at a resolution: 2 channel_base / resolution, but ...
+    channel_max: int = 512  # ... not above
+    total_kimg: float = 12_000.0  # length of the run in thousand images; 0 = training.num_steps says it
+    stable_kimg: float = 600.0  # a resolution stays for so many ...
+    fade_kimg: float = 600.0  # ... before the next fades in over so many
+    hold_steps: int = 4  # steps between two looks at the schedule
+    batch_sizes: tuple[int, ...] = ()  # at 4, 8, 16, ... pixels, the last for all above; () = training.batch_size
+    learning_rates: tuple[float, ...] = ()  # the same; () = optimizer.learning_rate
+    loss: Literal["wgan_gp", "r1"] = "wgan_gp"  # r1: non-saturating, with R1
+    gamma: float = 1.0  # wgan_gp: how steep the discriminator is meant to be
+    penalty_weight: float = 10.0  # lambda
+    drift: float = 1e-3  # wgan_gp
+    class_weight: float = 1.0  # of AC-GAN's loss, where model.num_classes is not 0
+    stddev_group: int = 4  # images whose standard deviation the discriminator sees; 0 = a whole part
+    stddev_parts: int = 1  # of a batch, beyond which no group reaches: pmap needs a multiple of its devices
+    together: bool = False  # both networks take their gradients before either moves
+
+
+@dataclasses.dataclass(frozen=True)
 class DiffusionConfig:
     """Noise schedule, prediction and loss."""
 
@@ -113,7 +151,10 @@ class DiffusionConfig:
     beta_start: float = 1e-4  # linear and scaled_linear only
     beta_end: float = 0.02
     zero_terminal_snr: bool = False
-    sigma_data: float = 0.5  # edm
+    sigma_data: float = 0.5  # edm: standard deviation of the data
+    sigma_max: float = 80.0  # edm: noise that sampling begins with
+    p_mean: float = -1.2  # edm: log sigma of training is normal with this mean
+    p_std: float = 1.2  # and this deviation
     prediction: Literal["noise", "x0", "v", "velocity", "edm"] = "noise"
     learned_variance: bool = False
     loss: Literal["simple", "min_snr", "vlb", "hybrid"] = "simple"
@@ -175,6 +216,8 @@ class SamplingConfig:
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0
     clip: Literal["none", "clip", "dynamic"] = "clip"  # what is done to predicted x0 outside [-1, 1]
+    truncation: float = 0.0  # progressive GAN: numbers of a latent beyond +- this are drawn again; 0 = never
+    resolution: int = 0  # progressive GAN: pixels a side, at most those grown to; 0 = as many
     num_images: int = 64  # in a grid during training
     batch_per_device: int = 16  # images a device makes at a time
 
@@ -195,14 +238,16 @@ class EvaluationConfig:
 class Config:
     """A whole run."""
 
-    task: Literal["diffusion", "vae", "autoencoder"] = "diffusion"
+    task: Literal["diffusion", "vae", "autoencoder", "progressive_gan"] = "diffusion"
     seed: int = 0
     autoencoder: str = ""  # diffusion in its latents: workdir of a trained one, or folder of one in diffusers' layout
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     text: TextConfig = TextConfig()
+    lora: LoraConfig = LoraConfig()
     vae: VAEConfig = VAEConfig()
     autoencoder_kl: AutoencoderConfig = AutoencoderConfig()
+    progressive_gan: ProgressiveGANConfig = ProgressiveGANConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
@@ -212,14 +257,15 @@ class Config:
 
 
 # What may change when a run goes on in its workdir; everything else defines the run. (Folders may have moved: what was in
-# those of `autoencoder` and `text.pretrained` is kept in the workdir, and compared.)
+# those of `autoencoder` and `text.pretrained` is kept in the workdir, and compared; of `model.pretrained` the SHA-256.)
 CHANGEABLE_SECTIONS = ("sampling.", "evaluation.", "sharding.")
 CHANGEABLE_KEYS = {
     *(
         f"training.{name}"
         for name in ("num_steps", "log_every", "checkpoint_every", "sample_every", "keep_checkpoints")
     ),
-    *("data.dir", "data.num_threads", "autoencoder", "text.pretrained"),
+    *("progressive_gan.total_kimg",),
+    *("data.dir", "data.num_threads", "autoencoder", "text.pretrained", "model.pretrained"),
 }
 
 
@@ -310,9 +356,12 @@ def check(config: Config) -> None:
             _sampling_rules,
             _latent_rules,
             _text_rules,
+            _pretrained_rules,
+            _lora_rules,
         ),
         "vae": (_vae_rules,),
         "autoencoder": (_autoencoder_rules,),
+        "progressive_gan": (_progressive_gan_rules,),
     }
     for rules in (_range_rules, *of_task[config.task], _evaluation_rules):
         for holds, message in rules(config):
@@ -340,10 +389,16 @@ def _range_rules(config: Config) -> Rules:
         yield 0 <= values[name] <= 1, f"{name} = {values[name]} must lie between 0 and 1"
     for name in ("data.max_bad_fraction", "model.dropout", "optimizer.beta1", "optimizer.beta2", "optimizer.ema_decay"):
         yield 0 <= values[name] < 1, f"{name} = {values[name]} must be at least 0 and below 1"
-    for name in ("optimizer.learning_rate", "optimizer.epsilon", "diffusion.sigma_data", "diffusion.min_snr_gamma"):
+    for name in (
+        *("optimizer.learning_rate", "optimizer.epsilon", "diffusion.sigma_data", "diffusion.p_std"),
+        "diffusion.min_snr_gamma",
+    ):
         yield values[name] > 0, f"{name} = {values[name]} must be positive"
     channels, training = config.data.channels, config.training
     yield channels in (1, 3), f"data.channels = {channels} must be 1 (grey) or 3 (RGB)"
+    sampling, gan = config.sampling, config.task == "progressive_gan"
+    yield gan or not sampling.truncation, f"sampling.truncation = {sampling.truncation} is for task 'progressive_gan'"
+    yield gan or not sampling.resolution, f"sampling.resolution = {sampling.resolution} is for task 'progressive_gan'"
     yield config.seed < 2**32, f"seed = {config.seed} must be below 2**32"
     yield (
         training.batch_size % training.accumulation_steps == 0,
@@ -361,11 +416,19 @@ _AT_LEAST_ONE = (
     *("training.keep_checkpoints", "sampling.steps", "sampling.num_images", "sampling.batch_per_device"),
     *("evaluation.batch_per_device", "text.width", "text.num_layers", "text.num_heads"),
     *("vae.latent_dim", "vae.hidden"),
+    *(
+        f"progressive_gan.{name}"
+        for name in ("latent_dim", "channel_base", "channel_max", "hold_steps", "stddev_parts")
+    ),
     *(f"autoencoder_kl.{name}" for name in ("channels", "num_res_blocks", "latent_channels")),
     *(f"autoencoder_kl.discriminator_{name}" for name in ("channels", "layers")),
 )
 _NOT_NEGATIVE = (
+    *("sampling.truncation", "sampling.resolution"),
+    *(f"progressive_gan.{name}_kimg" for name in ("total", "stable", "fade")),
+    *(f"progressive_gan.{name}" for name in ("penalty_weight", "drift", "class_weight", "stddev_group")),
     *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
+    *("lora.rank", "lora.alpha"),
     *("seed", "sampling.guidance", "diffusion.min_snr_floor", "evaluation.every", "vae.beta", "vae.free_bits"),
     *(
         f"autoencoder_kl.{name}"
@@ -419,6 +482,55 @@ def _autoencoder_rules(config: Config) -> Rules:
     yield classes == 0, f"model.num_classes = {classes} must be 0: an autoencoder has no condition"
     yield not config.text.enabled, "text.enabled = True: an autoencoder has no condition"
     yield config.autoencoder == "", f"autoencoder = {config.autoencoder!r} is for task 'diffusion'; here one is trained"
+
+
+def _progressive_gan_rules(config: Config) -> Rules:
+    gan, size = config.progressive_gan, config.data.image_size
+    yield (
+        size in RESOLUTIONS,
+        f"data.image_size = {size} must be one of {', '.join(map(str, RESOLUTIONS))}: growing doubles the side",
+    )
+    yield gan.gamma > 0, f"progressive_gan.gamma = {gan.gamma} must be positive"
+    yield gan.stable_kimg + gan.fade_kimg > 0, "progressive_gan: stable_kimg and fade_kimg must not both be 0"
+    levels = RESOLUTIONS.index(size) + 1
+    for name, values in (("batch_sizes", gan.batch_sizes), ("learning_rates", gan.learning_rates)):
+        yield min(values, default=1) > 0, f"progressive_gan.{name} = {values} must hold positive numbers"
+        yield (
+            len(values) <= levels,
+            f"progressive_gan.{name} = {values}: {len(values)} numbers for {levels} resolutions, 4 to {size}",
+        )
+    for batch_size in gan.batch_sizes or (config.training.batch_size,):
+        yield (
+            batch_size % gan.stddev_parts == 0,
+            f"progressive_gan.stddev_parts = {gan.stddev_parts} must divide every batch, and one is of {batch_size}",
+        )
+        part = batch_size // gan.stddev_parts
+        group = min(gan.stddev_group or part, part)
+        yield (
+            group == 1 or any(part % fitting == 0 for fitting in range(2, group + 1)),
+            f"progressive_gan.stddev_group = {gan.stddev_group}: {part} images cannot be split into groups of 2 to {group}",
+        )
+    optimizer = config.optimizer
+    yield (
+        optimizer.schedule == "constant" and optimizer.warmup_steps == 0,
+        "optimizer.schedule must be 'constant' and warmup_steps 0: see config.progressive_gan.learning_rates",
+    )
+    yield (
+        config.training.accumulation_steps == 1,
+        f"training.accumulation_steps = {config.training.accumulation_steps} must be 1: a GAN's step is not split",
+    )
+    classes, resolution = config.model.num_classes, config.sampling.resolution
+    yield classes >= -1, f"model.num_classes = {classes} must be -1 (as the data), 0 (none) or more"
+    yield not config.text.enabled, "text.enabled = True: a progressive GAN reads no text"
+    yield config.autoencoder == "", f"autoencoder = {config.autoencoder!r}: a progressive GAN makes pixels, not latents"
+    yield config.data.source != "latents", "data.source = 'latents': a progressive GAN learns from images"
+    yield (
+        resolution in (0, *RESOLUTIONS[:levels]),
+        f"sampling.resolution = {resolution} must be 0 or one of {', '.join(map(str, RESOLUTIONS[:levels]))}",
+    )
+
+
+RESOLUTIONS = tuple(4 * 2**stage for stage in range(12))  # that a progressive GAN can end with
 
 
 def _text_rules(config: Config) -> Rules:
@@ -486,7 +598,7 @@ def _floor_rules(config: Config) -> Rules:
 
 
 def _size_rules(config: Config) -> Rules:
-    if not config.autoencoder:  # whose latents' size is not known yet
+    if not config.autoencoder and not config.model.pretrained:  # whose latents' size is not known yet
         size = config.data.image_size
         yield from _fitting_rules(config, size, f"data.image_size = {size}")
 
@@ -506,14 +618,14 @@ def _fitting_rules(config: Config, size: int, name: str) -> Rules:
 
 
 def _latent_rules(config: Config) -> Rules:
-    latents = config.data.source == "latents"
+    latents, stage = config.data.source == "latents", config.autoencoder or config.model.pretrained
     yield (
-        not latents or config.autoencoder != "",
-        "data.source = 'latents' needs the autoencoder that made them: config.autoencoder",
+        not latents or stage != "",
+        "data.source = 'latents' needs the autoencoder that made them: config.autoencoder, or config.model.pretrained",
     )
     yield (
-        not config.autoencoder or config.sampling.clip == "none",
-        f"sampling.clip = {config.sampling.clip!r} is for pixels in [-1, 1]: with config.autoencoder it must be 'none'",
+        not stage or config.sampling.clip == "none",
+        f"sampling.clip = {config.sampling.clip!r} is for pixels in [-1, 1]: with an autoencoder it must be 'none'",
     )
     yield (
         not latents or not config.diffusion.inpainting,
@@ -532,6 +644,28 @@ def _latent_rules(config: Config) -> Rules:
     )
 
 
+def _pretrained_rules(config: Config) -> Rules:
+    path, text = config.model.pretrained, config.text
+    yield not path or not config.autoencoder, "autoencoder must be empty: config.model.pretrained has its own"
+    yield not path or not text.pretrained, "text.pretrained must be empty: config.model.pretrained has its own"
+    yield (
+        bool(path) or not config.model.pretrained_prediction,
+        "model.pretrained_prediction is set, but config.model.pretrained is not",
+    )
+    yield bool(path) or not text.trained, "text.trained = True is for config.model.pretrained, which is not set"
+
+
+def _lora_rules(config: Config) -> Rules:
+    lora = config.lora
+    if not lora.rank:
+        return
+    yield config.model.pretrained != "", f"lora.rank = {lora.rank} needs a model to adapt: config.model.pretrained"
+    yield len(lora.targets) > 0, f"lora.targets must name some of {', '.join(LORA_TARGETS)}"
+    for name in lora.targets:
+        yield name in LORA_TARGETS, f"lora.targets: {name!r} must be one of {', '.join(LORA_TARGETS)}"
+    yield not config.text.trained, "text.trained with lora.rank: add 'text_encoder' to config.lora.targets instead"
+
+
 def _diffusion_rules(config: Config) -> Rules:
     diffusion = config.diffusion
     schedule, prediction = diffusion.schedule, diffusion.prediction
@@ -544,6 +678,7 @@ def _diffusion_rules(config: Config) -> Rules:
         (prediction == "edm") == (schedule == "edm"),
         "diffusion.prediction = 'edm' and config.diffusion.schedule = 'edm' go together",
     )
+    yield diffusion.sigma_max >= 1, f"diffusion.sigma_max = {diffusion.sigma_max} must be at least 1"
     yield (
         discrete or not diffusion.zero_terminal_snr,
         f"diffusion.zero_terminal_snr needs a schedule with betas (linear, scaled_linear, cosine), not {schedule!r}",

@@ -51,6 +51,15 @@ def save_png(path: str | os.PathLike[str], image: UInt8[np.ndarray, "h w c"]) ->
     write_bytes(path, buffer.getvalue())
 
 
+def save_gif(path: str | os.PathLike[str], frames: UInt8[np.ndarray, "n h w c"], frames_per_second: int = 12) -> None:
+    """Frames as a GIF that goes on for ever, there and back again."""
+    pictures = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
+    first, *rest = [*pictures, *pictures[-2:0:-1]]
+    buffer = io.BytesIO()
+    first.save(buffer, format="GIF", save_all=True, append_images=rest, duration=1000 // frames_per_second, loop=0)
+    write_bytes(path, buffer.getvalue())
+
+
 def cache_folder() -> pathlib.Path:
     """$XDG_CACHE_HOME/jaxdiff, or ~/.cache/jaxdiff."""
     root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

@@ -31,10 +31,12 @@ WRONG = [
     ),
     (["--workdir", "nowhere"], "nowhere/config.json not found: nowhere is not the workdir of a run"),
     (["--images", "digits", "--metrics", "fid,kid"], "fid, kid of --images needs --reference"),
+    (["--images", "digits", "--metrics", "swd"], "swd of --images needs --reference"),
+    (["--images", "digits", "--metrics", "ms_ssim"], "8x8 are not multiples of 16"),
     (["--images", "digits", "--metrics", "is", "--marginal", "real"], "--marginal real of --images needs --reference"),
     (
         ["--images", "digits", "--metrics", "foo"],
-        "--metrics: unknown metric 'foo': there are fid, sfid, is, kid, pr, bpd",
+        "--metrics: unknown metric 'foo': there are fid, sfid, is, kid, pr, swd, ms_ssim, bpd",
     ),
     (["--images", "digits", "--metrics", ","], "--metrics: no metric was asked for"),
     (["--images", "digits", "--metrics", "bpd"], "--metrics bpd is the likelihood of a model: it needs --workdir"),

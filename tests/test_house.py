@@ -26,10 +26,14 @@ ALLOWED = {
     "tasks": GROUND | LOWEST | {"losses", "evaluation", "training", "generation"},
     "command_line": GROUND | {"tasks", "training", "evaluation"},
     "encode": GROUND | {"tasks", "command_line"},
+    "__main__": GROUND | LOWEST | {"tasks", "command_line"},  # of a room: a command that stands above all
+    "export": GROUND | {"generation", "training", "tasks", "command_line"},
 }
 
 
 def room(path):
+    if path.name == "__main__.py":
+        return "__main__"
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 

@@ -69,6 +69,21 @@ CLAIMS = {
         assert all(np.allclose(measured[v], excess[v][[1, 3, 5]], atol=0.05) for v in names), (measured, excess)
         assert abs(ddpm_gap - (expected_terms(ddpm, "fixed_small").sum() - entropy)) < 0.1 and ddpm_gap > 0.5
     """,
+    "05_progressive_gan": """
+        assert same_image and same_score and 0 < lost < 0.5
+        flops = np.array(list(costs.values()))
+        assert (flops[2:] > 2.5 * flops[1:-1]).all(), costs
+        assert all(abs(value - 2) < 0.2 for value in variances.values()), variances
+        he, equal = speeds.values()
+        assert 0.9 < equal[-1] / equal[0] < 1.1 and 6 < he[-1] / he[0] < 10, speeds
+        for (gain, on), values in chains.items():
+            assert np.allclose(values, 1, atol=1e-3) if on else gain == 1 or values[-1] > 50, chains
+        assert spreads["one digit"] < 1e-3 and spreads["one digit"] < spreads["one digit, noise 0.1"] < spreads["threes"]
+        assert spreads["threes"] < spreads["digits"], spreads
+        assert penalty_gap < 1e-4 and abs(jnp.linalg.norm(w) - best) < 0.01 and aligned > 0.999
+        assert update._cache_size() == 2  # a program a stage
+        assert swd["other digits"] < swd["trained"] < swd["untrained"] / 3, swd
+    """,
 }
 
 
@@ -86,6 +101,7 @@ def test_every_notebook_is_tested_and_stored_without_outputs():
         pytest.param("02_train_ddpm", marks=pytest.mark.slow),
         pytest.param("03_inception_score_and_fid", marks=pytest.mark.slow),
         pytest.param("04_variational_bound", marks=pytest.mark.slow),
+        pytest.param("05_progressive_gan", marks=pytest.mark.slow),
     ],
 )
 def test_notebook_runs(name, tmp_path, monkeypatch):

@@ -3,14 +3,15 @@
     example p of batch n  =  source[order[n B + p]], cropped and flipped by the uniform numbers u[p] of batch n
 
 where B is the global batch size and `order` is Grain's shuffle of every epoch's indices, computed index by index:
-starting at batch 1,000,000 costs nothing, and a resumed run needs the step alone.
+starting at batch 1,000,000 costs nothing, and a resumed run needs the step alone. Where the size of the batches changes in the
+course of a run, a loader for each size goes on in the same order.
 """
 
 import collections
 import concurrent.futures
 import itertools
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import grain
@@ -25,6 +26,7 @@ from jaxdiff.data.transforms import (
     random_crop,
     resize_shorter_side,
     resized_shape,
+    shrink,
 )
 
 CROPS = ("centre", "random")
@@ -34,10 +36,12 @@ Batch = dict[str, Any]  # image: uint8 [b s s c]; label: int32 [b]; index: int32
 class Loader:
     """`loader[n]` is this process's share of global batch n; `loader.iterate(n)` goes on from there in the background.
 
-    `batch_size` is the global one; process k of K has the positions k, k + K, k + 2K, ... and the batch's `index`
-    tells them. Images are resized to `image_size` (shorter side), cropped to a square ("centre", or "random" along
-    the longer side) and, with `flip`, mirrored with probability 1/2. Resized images of one size are kept in memory
-    after their first decoding as long as the whole source then fits into `memory_limit` bytes.
+    `batch_size` is the global one; process k of K has the k-th of K equal parts, and the batch's `index` tells the positions.
+    Images are resized to `image_size` (shorter side), cropped to a square ("centre", or "random" along the longer side) and,
+    with `flip`, mirrored with probability 1/2. Resized images of one size are kept in memory after their first decoding as long
+    as the whole source then fits into `memory_limit` bytes. `shrink_by`: each block of so many by so many pixels of what was
+    cut becomes its mean, one pixel. `begin` = (n, i): batch n begins with number i of the endless order, instead of batch 0 with
+    number 0.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class Loader:
         process_count: int = 1,
         num_threads: int | None = None,
         memory_limit: int = 2**30,
+        shrink_by: int = 1,
+        begin: tuple[int, int] = (0, 0),
     ):
         _check(len(source) > 0, f"{source.describe()}: there is no image to load")
         _check(batch_size > 0, f"batch_size must be at least 1, not {batch_size}")
@@ -64,18 +70,22 @@ class Loader:
         _check(0 <= process_index < process_count, f"process_index {process_index} is not below {process_count}")
         even = batch_size % process_count == 0
         _check(even, f"batch_size {batch_size} is not divisible by the {process_count} processes")
+        fits = shrink_by > 0 and image_size % shrink_by == 0
+        _check(fits, f"shrink_by {shrink_by} does not divide image_size {image_size}")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.image_size, self.channels, self.crop, self.flip = image_size, channels, crop, flip
         self.num_threads = num_threads or min(4, os.cpu_count() or 1)
-        self._positions = np.arange(process_index, batch_size, process_count, dtype=np.int32)
+        self.shrink_by, self.begin = shrink_by, begin
+        share = batch_size // process_count
+        self._positions = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._memory = _Memory.for_source(source, self._canvas_shape(), memory_limit)
 
     def __getitem__(self, n: int) -> Batch:
         """Share of this process in global batch n >= 0."""
-        if n < 0:
-            raise IndexError(f"batch {n}: batches are numbered from 0")
-        places = (n * self.batch_size + self._positions).tolist()
+        if n < self.begin[0]:
+            raise IndexError(f"batch {n}: batches are numbered from {self.begin[0]}")
+        places = (self.begin[1] + (n - self.begin[0]) * self.batch_size + self._positions).tolist()
         rows = [self._row(self._order[i], u) for i, u in zip(places, self._uniforms(n), strict=True)]
         label = np.array([row["label"] for row in rows], np.int32)
         batch = self._gather(rows) | {"label": label, "index": self._positions.copy()}
@@ -121,23 +131,38 @@ class Loader:
         example = self.source[index]
         canvas = convert_channels(resize_shorter_side(example["image"], self.image_size), self.channels)
         if self.crop == "centre":
-            canvas = centre_crop(canvas, self.image_size)
+            canvas = shrink(centre_crop(canvas, self.image_size), self.shrink_by)
         if self._memory is not None:
             self._memory.remember(index, canvas, example["label"], example.get("text"))
         return canvas, example["label"], example.get("text")
 
     def _augment(self, canvas: UInt8[np.ndarray, "h w c"], u: Float[np.ndarray, " 3"]) -> UInt8[np.ndarray, "s s c"]:
         if self.crop == "random":
-            canvas = random_crop(canvas, self.image_size, u[0], u[1])
+            canvas = shrink(random_crop(canvas, self.image_size, u[0], u[1]), self.shrink_by)
         return horizontal_flip(canvas) if self.flip and u[2] < 0.5 else canvas
 
     def _canvas_shape(self) -> tuple[int, int, int] | None:
         """Shape of every canvas, or None if they differ."""
         if self.crop == "centre":
-            return self.image_size, self.image_size, self.channels
+            side = self.image_size // self.shrink_by
+            return side, side, self.channels
         if self.source.image_shape is None:
             return None
         return *resized_shape(self.source.image_shape, self.image_size), self.channels
+
+
+def iterate_in_turn(loaders: Sequence[Loader], start: int = 0) -> Generator[Batch, None, None]:
+    """Batches start, start + 1, ... without end: number n of the last loader that begins with n or before."""
+    for loader, following in itertools.zip_longest(loaders, loaders[1:]):
+        end = None if following is None else following.begin[0]
+        if end is not None and start >= end:
+            continue
+        batches = loader.iterate(start)
+        try:
+            yield from itertools.islice(batches, None if end is None else end - start)
+        finally:
+            batches.close()
+        start = end or start
 
 
 class _Memory:

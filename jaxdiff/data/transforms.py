@@ -64,3 +64,13 @@ def convert_channels(image: Pixels, channels: int) -> Pixels:
         weights = np.array([19595, 38470, 7471], np.uint32)  # 0.299, 0.587, 0.114 in units of 1 / 2^16
         return ((image @ weights + 2**15) >> 16).astype(np.uint8)[..., None]
     raise ValueError(f"cannot convert an image of {image.shape[-1]} channels to {channels} (only 1 <-> 3)")
+
+
+def shrink(image: Pixels, factor: int) -> Pixels:
+    """A level of the image's pyramid: the mean of each factor x factor block, rounded to the nearest level (halves up)."""
+    if factor == 1:
+        return image
+    height, width, channels = image.shape
+    blocks = image.reshape(height // factor, factor, width // factor, factor, channels)
+    total = blocks.sum((1, 3), dtype=np.uint32)
+    return ((total + factor**2 // 2) // factor**2).astype(np.uint8)

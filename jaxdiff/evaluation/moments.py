@@ -79,3 +79,11 @@ def gather_rows(rows: Float[np.ndarray, "n d"], total: int) -> Float[np.ndarray,
     padded = np.zeros((-(-total // processes), rows.shape[1]), rows.dtype)
     padded[: len(rows)] = rows
     return gather_processes(padded).swapaxes(0, 1).reshape(-1, rows.shape[1])[:total]
+
+
+def interleave_processes(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes: row 0 of each, row 1 of each, ...; the last processes may have one fewer, to the bit."""
+    counts = gather_processes(np.array([len(rows)]))[:, 0]
+    padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    return gather_processes(padded).swapaxes(0, 1).reshape(-1, *rows.shape[1:])[: int(counts.sum())]

@@ -7,8 +7,11 @@ are averaged over pixels and channels at each of 5 scales; where an image is sma
 
 from collections.abc import Iterable
 
+import jax
 import numpy as np
 from jaxtyping import Float, UInt8
+
+from jaxdiff.evaluation.moments import gather_rows, interleave_processes
 
 LEVELS = 255.0  # the data range
 WINDOW, SIGMA = 11, 1.5  # the Gaussian window, in pixels
@@ -36,21 +39,47 @@ def multi_scale_similarity(
     return product
 
 
+class PairCollector:
+    """Takes images in, a batch at a time, and keeps the MS-SSIM of images 0 and 1, 2 and 3, ...; a last odd one is left out.
+
+    Of several processes, process p of P takes in the images p, p + P, p + 2P, ..., and all take in as many at a time but in
+    their last batch, which may be empty: two of a pair that are in two processes come together, and pairs are shared out.
+    """
+
+    def __init__(self) -> None:
+        """Of no images yet."""
+        self._left: np.ndarray | None = None  # an image that waits for the next
+        self._values: list[np.ndarray] = []
+        self._pairs = 0
+
+    def add(self, batch: UInt8[np.ndarray, "b h w c"]) -> None:
+        """Take a batch in. Raises ValueError where images are of no size that can be halved between the scales."""
+        images = interleave_processes(batch)
+        if self._left is not None:
+            images = np.concatenate([self._left, images])
+        pairs = len(images) // 2
+        self._left = images[2 * pairs :] if len(images) % 2 else None
+        mine = np.arange(pairs)[(jax.process_index() - self._pairs) % jax.process_count() :: jax.process_count()]
+        self._pairs += pairs
+        if len(mine):
+            self._values.append(multi_scale_similarity(images[2 * mine], images[2 * mine + 1]))
+
+    def result(self) -> Float[np.ndarray, " pairs"]:
+        """MS-SSIM of each pair, of all processes; every process must call this. Raises ValueError where there is none."""
+        if not self._pairs:
+            raise ValueError("ms_ssim compares pairs: it needs at least 2 images")
+        return gather_rows(np.concatenate([np.zeros(0), *self._values])[:, None], self._pairs)[:, 0]
+
+
 def mean_pair_similarity(batches: Iterable[UInt8[np.ndarray, "n h w c"]]) -> float:
     """Mean MS-SSIM of images 0 and 1, 2 and 3, ...; the paper's is of 10,000 images in random order.
 
-    Raises ValueError where there are fewer than 2 images, or an odd number (an odd batch only as the last: its image is left).
+    Raises ValueError where there are fewer than 2 images.
     """
-    values, odd = [], False
+    collector = PairCollector()
     for batch in batches:
-        if odd:
-            raise ValueError("ms_ssim: all batches but the last must be of an even size, or pairs would be torn")
-        pairs, odd = len(batch) // 2, bool(len(batch) % 2)
-        values.append(multi_scale_similarity(batch[0 : 2 * pairs : 2], batch[1 : 2 * pairs : 2]))
-    together = np.concatenate(values) if values else np.zeros(0)
-    if not len(together):
-        raise ValueError("ms_ssim compares pairs: it needs at least 2 images")
-    return float(together.mean())
+        collector.add(batch)
+    return float(collector.result().mean())
 
 
 def check_size(height: int, width: int) -> None:

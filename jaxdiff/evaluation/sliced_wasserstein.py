@@ -9,6 +9,7 @@ resolution of like details, edges and noise. The paper takes 16,384 images a sid
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
 
@@ -16,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
+
+from jaxdiff.evaluation.moments import gather_processes, gather_rows
 
 SMALLEST = 16  # pixels a side of the coarsest level
 PATCH = 7  # pixels a side
@@ -74,24 +77,53 @@ def double(x: Float[Array, "n h w c"]) -> Float[Array, "n 2h 2w c"]:
     return x
 
 
+@dataclasses.dataclass
+class PatchCollector:
+    """Takes images in, a batch at a time, and keeps `patches` random patches of each one's every level.
+
+    Image i's places depend on (seed, stream, i) only: the two sets that are compared have a stream each. Of several processes,
+    process p of P takes in the images p, p + P, p + 2P, ... Keeps 75 kB a level of a colour image: 1.2 GB for 16,384.
+    """
+
+    stream: int
+    seed: int = 0
+    patches: int = PATCHES
+
+    def __post_init__(self) -> None:
+        self.count = 0
+        self._found: dict[int, list[np.ndarray]] = {}
+
+    def add(self, batch: UInt8[np.ndarray, "b h w c"]) -> None:
+        """Take a batch in, which may be empty. Raises ValueError where images cannot be halved down to the coarsest level."""
+        sizes = pyramid_sizes(*batch.shape[1:3])
+        numbers = jax.process_index() + jax.process_count() * np.arange(self.count, self.count + len(batch))
+        for level, x in enumerate(_pyramid(batch, len(sizes))):
+            randoms = (np.random.default_rng([self.seed, self.stream, int(number), level]) for number in numbers)
+            taken = [
+                _patches(image, self.patches, random) for image, random in zip(np.asarray(x), randoms, strict=True)
+            ]
+            rows = np.array(taken, np.float32).reshape(len(batch), self.patches * PATCH**2 * batch.shape[-1])
+            self._found.setdefault(sizes[level], []).append(rows)
+        self.count += len(batch)
+
+    def result(self) -> dict[int, Float[np.ndarray, "m d"]]:
+        """The patches of all images, of all processes, by the level's size, not yet normalised; d = 7 * 7 * c.
+
+        Every process must call this, and have taken in a batch.
+        """
+        total = int(gather_processes(np.array([self.count])).sum())
+        rows = {size: gather_rows(np.concatenate(parts), total) for size, parts in self._found.items()}
+        return {size: row.reshape(total * self.patches, -1) for size, row in rows.items()}
+
+
 def collect_patches(
     batches: Iterable[UInt8[np.ndarray, "b h w c"]], stream: int, seed: int = 0, patches: int = PATCHES
 ) -> dict[int, Float[np.ndarray, "m d"]]:
-    """`patches` random patches of each image's every level, by the level's size, not yet normalised; d = 7 * 7 * c.
-
-    Image i's places depend on (seed, stream, i) only: the two sets that are compared have a stream each. Keeps 75 kB a level
-    of a colour image: 1.2 GB for 16,384.
-    """
-    found: dict[int, list[np.ndarray]] = {}
-    count = 0
+    """What a `PatchCollector` finds in these images."""
+    collector = PatchCollector(stream, seed, patches)
     for batch in batches:
-        sizes = pyramid_sizes(*batch.shape[1:3])
-        for level, x in enumerate(_pyramid(batch, len(sizes))):
-            randoms = (np.random.default_rng([seed, stream, count + i, level]) for i in range(len(batch)))
-            taken = [_patches(image, patches, random) for image, random in zip(np.asarray(x), randoms, strict=True)]
-            found.setdefault(sizes[level], []).append(np.concatenate(taken))
-        count += len(batch)
-    return {size: np.concatenate(parts) for size, parts in found.items()}
+        collector.add(batch)
+    return collector.result()
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -56,7 +56,8 @@ class ImageModel:
 
     network: (params, x, network time [b], condition) -> prediction. conditions: (params, Request.condition, guided) ->
     (condition, null condition or None), pytrees with a leading axis b. encode: (params, x, a key for each image) ->
-    latents; decode: (params, latents) -> x; x in [-1, 1]. mask_channels: the network's condition is a `Known`.
+    latents; decode: (params, latents) -> x; x in [-1, 1]. mask_channels: the network's condition is a `Known`. num_classes:
+    of a model that is asked by labels, else 0.
     scheduler: diffusers' scheduler_config.json where the model came with one; it then decides how levels are visited, and
     `schedule` and `prediction` are those of training.
     """
@@ -71,6 +72,7 @@ class ImageModel:
     encode: Callable[[Any, Array, Key[Array, " b"]], Array] = _same_as_pixels
     decode: Callable[[Any, Array], Array] = _same_as_pixels
     mask_channels: bool = False
+    num_classes: int = 0
     scheduler: Mapping[str, Any] | None = None
 
     def denoiser(self, params: Any, schedule: Schedule | None = None, prediction: str | None = None) -> Denoiser:
@@ -90,5 +92,5 @@ class ImageModel:
 
     def nothing_known(self, params: Any, keys: Key[Array, " b"]) -> Float[Array, "b l k d+1"]:
         """What such a network sees where the whole image is to be made."""
-        x = jnp.zeros((len(keys), *self.image_shape))
+        x = jnp.zeros((keys.shape[0], *self.image_shape))
         return self.mask_and_known(params, x, jnp.ones_like(x[..., :1]), keys)

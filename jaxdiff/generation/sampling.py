@@ -137,7 +137,7 @@ def _make_sample(model: ImageModel, settings: SamplingConfig, guided: bool, past
         start_times = jnp.asarray(recipe.start_times)
         x0 = None if request.image is None else from_uint8(request.image)
         mask = None if request.mask is None else (request.mask >= 128).astype(jnp.float32)
-        noise = initial_noise(schedule, keys, (len(keys), *model.latent_shape))
+        noise = initial_noise(schedule, keys, (keys.shape[0], *model.latent_shape))
         condition, null = model.conditions(params, request.condition, guided)
         if request.blend is not None:
             noise, condition = _blended(model, schedule, params, request.blend, noise, condition)

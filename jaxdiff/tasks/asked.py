@@ -1,6 +1,7 @@
 """What the flags of sample.py ask of a model: labels or prompts, images to begin from, masks, the way between two images."""
 
 import argparse
+import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,16 @@ from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.stable_diffusion import DTYPES, StableDiffusion, open_stable_diffusion
 
 NUM = 16  # images of a run, where no number is given
-OF_MODELS = ("tokenizer", "prediction", "variant", "dtype", "height", "width")  # flags that go with --model
+OF_MODELS = (
+    "tokenizer",
+    "prediction",
+    "variant",
+    "dtype",
+    "lora",
+    "lora_scale",
+    "height",
+    "width",
+)  # flags that go with --model
 
 
 class Asked(NamedTuple):
@@ -44,7 +54,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_flags(parser: argparse.ArgumentParser, dry_run: bool = True) -> None:
     """The flags for the model: a run, or a Stable Diffusion checkpoint and how to take it."""
     parser.add_argument("--workdir", help="a run's folder, as train.py printed it")
     parser.add_argument(
@@ -54,12 +64,31 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prediction", help="of --model, where the file does not say: noise | v | x0")
     parser.add_argument("--variant", help="of the files of --model, as fp16")
     parser.add_argument("--dtype", choices=DTYPES, help="of --model: parameters and computation (default float32)")
+    parser.add_argument(
+        "--lora", metavar="FILE", help="of --model: a LoRA, .safetensors in kohya's or diffusers' naming"
+    )
+    parser.add_argument("--lora_scale", type=float, help="how much of it to take (default 1)")
     parser.add_argument("--height", type=int, help="of images of --model (default: what it was trained for)")
     parser.add_argument("--width", type=int)
-    parser.add_argument("--dry_run", action="store_true", help="of --model: print what it takes, and make nothing")
+    if dry_run:
+        parser.add_argument("--dry_run", action="store_true", help="of --model: print what it takes, and make nothing")
 
 
 def open_asked(args: argparse.Namespace) -> Run | StableDiffusion:
+    """As `open_model`, after a look at what is asked of the model."""
+    if args.model is not None and args.workdir is None:
+        _check_flags(args)
+        if not args.prompt and not args.dry_run:
+            raise ConfigError("--prompt is missing: say what to show")
+        if args.label:
+            raise ConfigError("this model reads text: ask by --prompt, not by --label")
+        for flag in ("init_image", "mask_image"):
+            if getattr(args, flag):
+                _read(f"--{flag}", getattr(args, flag))  # no image: said before anything is opened
+    return open_model(args)
+
+
+def open_model(args: argparse.Namespace) -> Run | StableDiffusion:
     """The run, loaded, or the checkpoint, of which only the shapes are known yet. Raises ConfigError."""
     if (args.workdir is None) == (args.model is None):
         raise ConfigError("give either --workdir (a run) or --model (a Stable Diffusion checkpoint)")
@@ -68,16 +97,16 @@ def open_asked(args: argparse.Namespace) -> Run | StableDiffusion:
         if given:
             raise ConfigError(f"--{given[0]} goes with --model, and a run has its own")
         return load_run(args.workdir)
-    _check_flags(args)
-    if not args.prompt:
-        raise ConfigError("--prompt is missing: say what to show")
-    if args.label:
-        raise ConfigError("this model reads text: ask by --prompt, not by --label")
-    for flag in ("init_image", "mask_image"):
-        if getattr(args, flag):
-            _read(f"--{flag}", getattr(args, flag))  # no image: said before anything is opened
+    if args.lora is None and args.lora_scale is not None:
+        raise ConfigError("--lora_scale says how much of a LoRA to take: give that with --lora")
     how = {name: getattr(args, name) for name in ("variant", "tokenizer", "prediction")}
-    return _sized(open_stable_diffusion(args.model, dtype=args.dtype or DTYPES[0], **how), args.height, args.width)
+    model = _sized(open_stable_diffusion(args.model, dtype=args.dtype or DTYPES[0], **how), args.height, args.width)
+    if args.lora is None:
+        return model
+    try:
+        return model.with_lora(args.lora, 1.0 if args.lora_scale is None else args.lora_scale)
+    except ConfigError as error:
+        raise ConfigError(f"--lora {error}") from error
 
 
 def _sized(model: StableDiffusion, height: int | None, width: int | None) -> StableDiffusion:
@@ -87,10 +116,19 @@ def _sized(model: StableDiffusion, height: int | None, width: int | None) -> Sta
         raise ConfigError(f"--{error}") from error
 
 
+def check_place(args: argparse.Namespace) -> None:
+    """Raise ConfigError where images cannot be written: that is better known before they are made."""
+    out, npz = pathlib.Path(args.out), pathlib.Path(args.npz or "x")
+    if args.npz and npz.is_dir():
+        raise ConfigError(f"--npz {npz}: it is a folder, and a file is to be written")
+    if not args.npz and out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: it is a file, and a folder is needed")
+
+
 def how_many(args: argparse.Namespace) -> int:
     """The number of images asked for. Raises ConfigError."""
     if args.interpolate is None:
-        default = NUM if args.workdir else len(args.prompt)
+        default = NUM if args.workdir else max(1, len(args.prompt))  # a dry run needs no prompt
         return default if args.num is None else args.num
     if args.num is not None:
         raise ConfigError("--interpolate says how many images: leave out --num")

@@ -2,7 +2,8 @@
 
 The condition is a label, a caption or nothing. A caption becomes the context of the U-Net's cross-attention (Rombach et al. 2022,
 https://arxiv.org/abs/2112.10752, section 3.3) through a text encoder that is trained along, or a pretrained one that stays as it
-is. With a first stage, x0 are the latents of an autoencoder (section 3.1), and samples are decoded. Nothing else differs.
+is. With a first stage, x0 are the latents of an autoencoder (section 3.1), and samples are decoded. What begins from a Stable
+Diffusion checkpoint is trained whole, or by LoRA. Nothing else differs.
 """
 
 import dataclasses
@@ -27,9 +28,11 @@ from jaxdiff.generation.masks import random_mask
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import diffusion_loss
 from jaxdiff.models.gaussian import Gaussian
+from jaxdiff.models.lora import init_factors, merge, target_kernels
 from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
 from jaxdiff.tasks.first_stage import FirstStage
+from jaxdiff.tasks.pretrained import Pretrained
 from jaxdiff.tasks.text_model import TextModel
 from jaxdiff.training.loop import Trainable, minimise
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState
@@ -41,7 +44,9 @@ def make_schedule(config: DiffusionConfig) -> scheduler.Schedule:
     if config.schedule == "flow":
         return scheduler.FlowSchedule()
     if config.schedule == "edm":
-        return scheduler.EDMSchedule(sigma_data=config.sigma_data)
+        return scheduler.EDMSchedule(
+            sigma_max=config.sigma_max, sigma_data=config.sigma_data, P_mean=config.p_mean, P_std=config.p_std
+        )
     if config.schedule == "cosine":
         betas = scheduler.cosine_betas(config.num_timesteps)
     else:
@@ -95,18 +100,23 @@ class DiffusionTask:
     """A diffusion model: pure functions of its parameters. With a `tokenizer` its condition is text.
 
     What an image is asked to show is None, labels int32 [b], or {"tokens", "negative"}, both int32 [b n].
-    Parameters are {"unet"} and, where it is trained along, {"text_encoder"}. Everything but `init` and `loss` wants them
-    `whole`: with those of the first stage and of a pretrained text encoder.
+    Parameters are {"unet"} and, where it is trained along, {"text_encoder"}; with LoRA they are {"lora"}, the factors of both.
+    Everything but `init` and `loss` wants them `whole`: with those of the first stage and of a pretrained text encoder, and
+    with the factors merged.
     """
 
     config: Config
     tokenizer: Tokenizer | None = None
     first_stage: FirstStage | None = None
     text_model: TextModel | None = None  # pretrained; its tokenizer is `tokenizer`
+    pretrained: Pretrained | None = None  # what training begins from
+    unet: Params | None = None  # of it, where LoRA leaves it as it is
 
     @functools.cached_property
     def model(self) -> UNet:
         """The network."""
+        if self.pretrained is not None:
+            return self.pretrained.unet
         width = None if self.tokenizer is None else self.text_encoder.width
         return make_model(self.config, self.latent_shape[-1], width)
 
@@ -127,13 +137,27 @@ class DiffusionTask:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        """Parameters that are not trained: of "autoencoder" and "text_encoder", where there are such."""
-        parts = {"autoencoder": self.first_stage, "text_encoder": self.text_model}
-        return {name: part.params for name, part in parts.items() if part is not None}
+        """Parameters that are not trained: of "autoencoder", "text_encoder" and "unet", where there are such."""
+        text_model = None if self.config.text.trained else self.text_model
+        parts = {"autoencoder": self.first_stage, "text_encoder": text_model}
+        found = {name: part.params for name, part in parts.items() if part is not None}
+        return found if self.unet is None else found | {"unet": self.unet}
 
     def whole(self, params: Params) -> Params:
-        """Trained parameters together with the frozen ones."""
-        return params | self.frozen
+        """Trained parameters together with the frozen ones; the factors of LoRA merged into those that they adapt."""
+        return self._merged(params | self.frozen)
+
+    def _merged(self, params: Params) -> Params:
+        if "lora" not in params:
+            return params
+        parts = {name: part for name, part in params.items() if name != "lora"}
+        return parts | {name: merge(parts[name], factors, self.lora_scale) for name, factors in params["lora"].items()}
+
+    @property
+    def lora_scale(self) -> float:
+        """What A B is multiplied by: alpha / rank."""
+        lora = self.config.lora
+        return (lora.alpha or lora.rank) / lora.rank
 
     @functools.cached_property
     def image_model(self) -> ImageModel:
@@ -148,6 +172,7 @@ class DiffusionTask:
             network=lambda params, x, time, condition: self.network(params)(x, time, condition),
             conditions=self.conditions,
             mask_channels=diffusion.inpainting,
+            num_classes=self.num_classes,
             **self._first_stage_functions(),
         )
 
@@ -169,17 +194,28 @@ class DiffusionTask:
         """What is trained, in words."""
         networks, condition = "U-Net", f", {self.num_classes} classes" if self.num_classes else ""
         if self.tokenizer is not None:
-            networks = "U-Net and text encoder" if self.text_model is None else "U-Net"
+            networks = "U-Net" if self.text_model and not self.config.text.trained else "U-Net and text encoder"
             condition = (
                 f", captions of up to {self.tokenizer.context_length} of {self.tokenizer.vocabulary_size:,} tokens"
             )
         condition += ", sees a mask and what it leaves" * self.config.diffusion.inpainting
         size, diffusion = "x".join(map(str, self.image_shape)), self.config.diffusion
-        frozen = {"latents": self.first_stage, "text": self.text_model}
-        return {
-            "model": f"{networks}, {size} images{condition}, computing in {self.config.model.dtype}",
-            "diffusion": f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {diffusion.loss} loss",
-        } | {name: part.describe() for name, part in frozen.items() if part is not None}
+        frozen = {"latents": self.first_stage, "text": None if self.config.text.trained else self.text_model}
+        begun = {} if self.pretrained is None else {"begins as": self.pretrained.describe()}
+        return (
+            begun
+            | ({"lora": self._describe_lora()} if self.config.lora.rank else {})
+            | {
+                "model": f"{networks}, {size} images{condition}, computing in {self.config.model.dtype}",
+                "diffusion": f"{diffusion.schedule} schedule, {diffusion.prediction} prediction, {diffusion.loss} loss",
+            }
+            | {name: part.describe() for name, part in frozen.items() if part is not None}
+        )
+
+    def _describe_lora(self) -> str:
+        lora, kernels = self.config.lora, target_kernels(self._network_shapes(), self.config.lora.targets)
+        where = " and ".join(f"{len(found)} of the {part.replace('_', ' ')}" for part, found in kernels.items())
+        return f"rank {lora.rank}, scale {self.lora_scale:g}, of {where} ({', '.join(lora.targets)})"
 
     def describe_sampling(self, settings: SamplingConfig) -> str:
         """How samples are made, in words."""
@@ -199,7 +235,18 @@ class DiffusionTask:
         return make_text_encoder(self.config, self.tokenizer)
 
     def init(self, key: Key[Array, ""]) -> Params:
-        """Random parameters of all that is trained: {"unet"} and perhaps {"text_encoder"}."""
+        """Random parameters of all that is trained: {"unet"} and perhaps {"text_encoder"}, or {"lora"}."""
+        lora = self.config.lora
+        if lora.rank:
+            return {"lora": init_factors(key, self._network_shapes(), lora.targets, lora.rank)}
+        return self._init_networks(key)
+
+    def _network_shapes(self) -> Params:
+        """Of the networks that LoRA adapts."""
+        assert self.pretrained is not None
+        return {part: self.pretrained.model.params[part] for part in ("unet", "text_encoder")}
+
+    def _init_networks(self, key: Key[Array, ""]) -> Params:
         height, width, channels = self.latent_shape
         seen = 2 * channels + 1 if self.config.diffusion.inpainting else channels  # x_t, and of a `Known`
         x, time = jnp.zeros((1, height, width, seen)), jnp.zeros((1,))
@@ -209,7 +256,7 @@ class DiffusionTask:
         keys, tokens = jax.random.split(key), jnp.zeros((1, self.tokenizer.context_length), jnp.int32)
         context = jnp.zeros((*tokens.shape, self.text_encoder.width))
         params = {"unet": self.model.init(keys[0], x, time, context=context)["params"]}
-        if self.text_model is None:
+        if self.text_model is None or self.config.text.trained:
             params["text_encoder"] = self.text_encoder.init(keys[1], tokens)["params"]
         return params
 
@@ -265,7 +312,7 @@ class DiffusionTask:
 
         `frozen`: what `params` lacks to be whole; no gradient reaches it.
         """
-        params = params | (frozen or {})
+        params = self._merged(params | (frozen or {}))
         noise_key, condition_key, dropout_key = jax.random.split(key, 3)
         dropout_key = jax.random.fold_in(
             dropout_key, batch["index"][0]
@@ -349,7 +396,8 @@ class DiffusionTask:
     def trainable(self, mesh: Mesh, preview: Any = None) -> Trainable:
         """The task as the training loop wants it. `preview`: what the pictures are asked to show (see `_pictures`)."""
         pictures, curves = self._pictures(mesh, preview), ("loss", "grad_norm")
-        return minimise(self.loss, self.init, self.config, pictures, curves, self.frozen or None)
+        given = self.pretrained.begin if self.pretrained is not None and not self.config.lora.rank else None
+        return minimise(self.loss, self.init, self.config, pictures, curves, self.frozen or None, given)
 
     def _pictures(self, mesh: Mesh, preview: Any) -> Any:
         """A grid of samples from the moving average of the parameters: the same seeds every time, and the same requests.

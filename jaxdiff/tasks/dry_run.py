@@ -1,38 +1,60 @@
-"""What a Stable Diffusion checkpoint takes before anything of it is read: parameters, memory, operations."""
+"""What a Stable Diffusion checkpoint takes before anything of it is read: parameters, memory, operations, what compiles."""
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxdiff.config import SamplingConfig
 from jaxdiff.generation.sampling import make_recipe
-from jaxdiff.tasks.stable_diffusion import StableDiffusion
+from jaxdiff.tasks.memory import bytes_of, device_memory
+from jaxdiff.tasks.stable_diffusion import Networks, StableDiffusion
 
-NAMES = {"unet": "U-Net", "autoencoder": "autoencoder", "text_encoder": "text encoder"}
+NAMES = {"unet": "U-Net", "autoencoder": "decoder", "text_encoder": "text encoder"}
+PLAIN = "xla"  # attention as two products of matrices, whose operations can be counted
+
+
+class Cost(NamedTuple):
+    """Of one evaluation of a network, on as many images as a device makes at a time."""
+
+    flops: float  # for one image
+    operations: int  # in the program
+    activations: int  # bytes, by the compiler's own plan; besides parameters and results
 
 
 def dry_run(model: StableDiffusion, settings: SamplingConfig) -> str:
-    """A few lines to print: of each network parameters, bytes and operations, then of an image and of the whole.
+    """A few lines to print: parameters, operations and memory of each network, the program, and whether it fits.
 
-    Operations are counted in the lowered programs, a multiplication and an addition as two. Parameters are copied to every
-    device; what the computation needs besides depends on the device's compiler and is not in these numbers.
+    The three networks are compiled one by one, each in the size in which the program runs it; no tensor is read. Operations
+    are counted before compilation, a multiplication and an addition as two. What a device needs is estimated as all
+    parameters and the largest of the three networks' activations: the program runs one after the other.
     """
-    flops, calls = _flops(model, settings), calls_an_image(model, settings)
+    calls, costs = calls_an_image(model, settings), _costs(model, settings)
+    batch, evaluations = settings.batch_per_device, calls["unet"] // calls["text_encoder"]
     lines = []
     for part, name in NAMES.items():
-        leaves = jax.tree.leaves(model.params[part])
-        count, size = sum(leaf.size for leaf in leaves), sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        shapes, cost = model.params[part], costs[part]
+        count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
         lines.append(
-            f"  {name:<13} {count / 1e6:9.1f} million parameters, {size / 2**30:6.2f} GiB, "
-            f"{calls[part]:4d} x {flops[part] / 1e9:.1f} GFLOP an image"
+            f"  {name:<13} {count / 1e6:9.1f} million parameters, {bytes_of(shapes) / 2**30:6.2f} GiB; "
+            f"{calls[part]:4d} x {cost.flops / 1e9:.1f} GFLOP an image; activations {cost.activations / 2**30:.2f} GiB"
         )
-    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model.params))
-    work = sum(calls[part] * flops[part] for part in NAMES)
-    lines.append(f"  parameters on every device: {total / 2**30:.2f} GiB; an image: {work / 1e12:.4g} TFLOP")
-    lines.append(f"  one program for {len(jax.devices())} x {settings.batch_per_device} images, {_fits(total)}")
+    work = sum(calls[part] * costs[part].flops for part in NAMES)
+    total, largest = bytes_of(model.params), max(cost.activations for cost in costs.values())
+    lines.append(f"  an image: {work / 1e12:.4g} TFLOP")
+    guided = "guided, so twice as many prompts and latents" if calls["text_encoder"] == 2 else "not guided"
+    operations = ", ".join(f"{name} {costs[part].operations:,}" for part, name in NAMES.items())
+    lines.append(
+        f"  compiles one program for {len(jax.devices())} x {batch} images ({guided}): text encoder, {evaluations} times the "
+        f"U-Net in a loop, decoder; operations: {operations}"
+    )
+    lines.append(
+        f"  a device needs about {(total + largest) / 2**30:.2f} GiB: {total / 2**30:.2f} of parameters and "
+        f"{largest / 2**30:.2f} of activations, {_fits(total + largest)}"
+    )
     return "\n".join(lines)
 
 
@@ -44,46 +66,62 @@ def calls_an_image(model: StableDiffusion, settings: SamplingConfig) -> dict[str
     return {"unet": twice * evaluations, "autoencoder": 1, "text_encoder": twice}
 
 
-def _flops(model: StableDiffusion, settings: SamplingConfig) -> dict[str, float]:
-    """Operations of one evaluation of each network, for one image."""
-    networks, image = model.networks, model.model
-    height, width, channels = image.latent_shape
-    inputs = 2 * channels + 1 if image.mask_channels else channels
-    tokens = jnp.zeros((1, model.tokenizer.context_length), jnp.int32)
-
-    def struct(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    context = struct(1, tokens.shape[1], networks.text_encoder.width)
-    return {
-        "unet": _count(
-            lambda p, x, t, c: networks.unet.apply({"params": p}, x, t, context=c),
-            model.params["unet"],
-            struct(1, height, width, inputs),
-            struct(1),
-            context,
-        ),
-        "autoencoder": _count(
-            lambda p, z: networks.first_stage.decode(p, z),
-            model.params["autoencoder"],
-            struct(1, height, width, channels),
-        ),
-        "text_encoder": _count(
-            lambda p: networks.text_encoder.apply({"params": p}, tokens), model.params["text_encoder"]
-        ),
-    }
+def _costs(model: StableDiffusion, settings: SamplingConfig) -> dict[str, Cost]:
+    batch, twice = settings.batch_per_device, 1 + (settings.guidance != 1)
+    sizes = {"unet": twice * batch, "autoencoder": batch, "text_encoder": batch}
+    return {part: _cost(model, part, size) for part, size in sizes.items()}
 
 
-def _count(function: Callable[..., Any], *args: Any) -> float:
-    cost: Any = jax.jit(function).lower(*args).cost_analysis()
+def _cost(model: StableDiffusion, part: str, batch: int) -> Cost:
+    run, inputs = _evaluation(model, model.networks, part, batch)
+    lowered = jax.jit(run).lower(model.params[part], *inputs)
+    # Code of a CPU that is not run need not be good; the plan of its memory is the same.
+    quick: Any = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    memory: Any = lowered.compile(quick).memory_analysis()
+    plain = _plain(model.networks)
+    run, inputs = _evaluation(model, plain, part, 1)
+    cost: Any = jax.jit(run).lower(model.params[part], *inputs).cost_analysis()
     cost = cost[0] if isinstance(cost, list) else cost
-    return float((cost or {}).get("flops", math.nan))
+    return Cost(
+        flops=float((cost or {}).get("flops", math.nan)),
+        operations=lowered.as_text().count(" = "),
+        activations=memory.temp_size_in_bytes if memory else 0,
+    )
+
+
+def _plain(networks: Networks) -> Networks:
+    """The same with an attention that hides no loop from the count."""
+    return dataclasses.replace(
+        networks,
+        unet=networks.unet.clone(attention_implementation=PLAIN),
+        autoencoder=networks.autoencoder.clone(attention_implementation=PLAIN),
+        text_encoder=networks.text_encoder.clone(attention_implementation=PLAIN),
+    )
+
+
+def _evaluation(
+    model: StableDiffusion, networks: Networks, part: str, batch: int
+) -> tuple[Callable[..., Any], tuple[jax.ShapeDtypeStruct, ...]]:
+    """One evaluation as a function of parameters and inputs, and the inputs' shapes."""
+    height, width, channels = model.model.latent_shape
+    seen = 2 * channels + 1 if networks.mask_channels else channels
+    tokens, text = model.tokenizer.context_length, networks.text_encoder.width
+
+    def struct(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    if part == "unet":
+        inputs = struct(batch, height, width, seen), struct(batch), struct(batch, tokens, text)
+        return lambda p, x, t, c: networks.unet.apply({"params": p}, x, t, context=c), inputs
+    if part == "autoencoder":
+        return networks.first_stage.decode, (struct(batch, height, width, channels),)
+    run = networks.text_encoder.apply
+    return lambda p, ids: run({"params": p}, ids), (struct(batch, tokens, dtype=jnp.int32),)
 
 
 def _fits(needed: int) -> str:
-    """Whether the parameters go into a device's memory, where the device tells how much it has."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    room = stats.get("bytes_limit")
+    """Whether a device has so much memory, where it tells how much it has."""
+    room = device_memory(jax.local_devices()[0])
     if not room:
         return "whose memory this device does not tell"
-    return f"{'within' if needed < room else 'MORE THAN'} the {room / 2**30:.1f} GiB of a device"
+    return f"{'within' if needed < room else 'MORE THAN'} the {room / 2**30:.1f} GiB that it has"

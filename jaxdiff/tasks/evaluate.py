@@ -1,128 +1,52 @@
-"""An evaluation from beginning to end: what was asked for, its scores, and what is left to read and to look at."""
+"""An evaluation from beginning to end: what was asked for, and its scores."""
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
-from jaxtyping import UInt8
+import jax
 
-from jaxdiff.config import Config, ConfigError, SamplingConfig
+from jaxdiff.config import Config, SamplingConfig
 from jaxdiff.data.sources import open_source
-from jaxdiff.evaluation.collect import provenance_of
+from jaxdiff.evaluation.collect import Batch, provenance_of
 from jaxdiff.evaluation.extractors import Extractor
 from jaxdiff.evaluation.images import ImageSet, open_images
 from jaxdiff.evaluation.scores import (
     METRICS,
     NEED_REFERENCE,
     Options,
-    Score,
     check_metrics,
     check_reference,
     score,
     warnings,
 )
 from jaxdiff.evaluation.statistics import Provenance, Statistics, is_statistics, load_statistics
-from jaxdiff.files import replacing, write_text
-from jaxdiff.generation.pictures import image_grid
+from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.likelihood import images_for_likelihood, likelihood_scores
+from jaxdiff.tasks.pixels import AT_ONCE, CUSTOMARY, Onlooker, check_pixels
+from jaxdiff.tasks.pixels import METRICS as PIXEL_METRICS
 from jaxdiff.tasks.reconstruct import METRICS as RECONSTRUCTION_METRICS
 from jaxdiff.tasks.reconstruct import reconstruction_scores
+from jaxdiff.tasks.results import Results
 from jaxdiff.tasks.run import Run
-from jaxdiff.tasks.score import Scorer, cached_statistics, local_mesh, training_images
+from jaxdiff.tasks.score import (
+    Scorer,
+    cached_statistics,
+    local_mesh,
+    sample_shape,
+    samples_name,
+    samples_of,
+    training_images,
+)
 
-ALL_METRICS = (*METRICS, "bpd", *RECONSTRUCTION_METRICS)
+IMAGE_METRICS = (*METRICS, *PIXEL_METRICS)  # of any images
+ALL_METRICS = (*IMAGE_METRICS, "bpd", *RECONSTRUCTION_METRICS)
+WANT_REFERENCE = (*NEED_REFERENCE, "swd")
+NUM_IMAGES = 5000  # samples to score, unless a metric is customarily of more
 UNSEEN = {"nine_tenths": "tenth"}  # split trained on -> split that it leaves out, where that is not called "test"
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Results:
-    """Scores, and all that it takes to make them again."""
-
-    scores: Sequence[Score]
-    images: Provenance
-    reference: Provenance | None = None
-    options: Options | None = None
-    sampling: SamplingConfig | None = None
-    warnings: Sequence[str] = ()
-    preview: UInt8[np.ndarray, "n h w c"] | None = None
-    marginals: tuple[Any, Any] | None = (
-        None  # p(y) of the images and of the reference (or None), where `is` was asked for
-    )
-
-    def table(self) -> str:
-        """The scores as lines of text."""
-        width = max((len(s.name) for s in self.scores), default=0)
-        sets = {"images": self.images} | ({} if self.reference is None else {"reference": self.reference})
-        lines = []
-        for name, provenance in sets.items():
-            count = "N unknown" if provenance.num_images is None else f"N = {provenance.num_images:,}"
-            lines.append(f"{name:9}  {provenance.data}, {count}")
-        for s in self.scores:
-            error = "" if s.error is None else f" +- {s.error:.4g}"
-            notes = "; ".join(filter(None, (s.error_kind, s.note)))
-            lines.append(f"{s.name:{width}}  {s.value:.6g}{error}" + (f"  ({notes})" if notes else ""))
-        return "\n".join(lines)
-
-    def save(self, path: pathlib.Path) -> list[pathlib.Path]:
-        """Add the scores to the list in the JSON file `path`; draw evaluation.png beside it. Returns what was written."""
-        entry = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-        fields = ("scores", "images", "reference", "options", "sampling")
-        entry |= {name: _plain(getattr(self, name)) for name in fields}
-        write_text(path, json.dumps([*read_results(path), entry], indent=2) + "\n")
-        if self.preview is None:
-            return [path]
-        picture = path.with_name(path.name.replace("results.json", "evaluation.png"))
-        self._draw(picture)
-        return [path, picture]
-
-    def _draw(self, path: pathlib.Path) -> None:
-        """Images and, for the inception score, the classes that the extractor sees in all of them, most frequent first."""
-        from matplotlib.figure import Figure
-
-        assert self.preview is not None
-        figure = Figure(figsize=(11, 5) if self.marginals else (5.5, 5.5), layout="constrained")
-        axes = figure.subplots(1, 2 if self.marginals else 1, squeeze=False)[0]
-        grid = image_grid(self.preview, padding=2)
-        axes[0].imshow(grid[..., 0] if grid.shape[-1] == 1 else grid, cmap="gray", vmin=0, vmax=255)
-        axes[0].set_axis_off()
-        axes[0].set_title(self.images.data)
-        if self.marginals:
-            ours, theirs = self.marginals
-            order = np.argsort(ours)[::-1][:50]
-            axes[1].bar(range(len(order)), ours[order], label="these images")
-            if theirs is not None and theirs.shape == ours.shape:
-                axes[1].plot(range(len(order)), theirs[order], "k.", label="reference")
-            axes[1].set(xlabel=f"the 50 most frequent classes of {self.images.extractor}", ylabel="p(y)")
-            axes[1].legend()
-        with replacing(path) as temporary:
-            figure.savefig(temporary, dpi=120, format="png")
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, alone or in a sequence, as dictionaries."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The entries of a results file; none where there is no file. Raises ConfigError where it holds something else."""
-    if not path.exists():
-        return []
-    try:
-        entries = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path}: not a results file ({error}): move it away") from error
-    if not isinstance(entries, list):
-        raise ConfigError(f"{path}: not a results file, which holds a list: move it away")
-    return entries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +63,21 @@ class Reference:
         path = pathlib.Path(self.name).expanduser()
         if path.suffix == ".npz" and is_statistics(path):
             return load_statistics(path)
-        images = open_images(self.name, self.dir, self.split, size=self.image_size)
-        return scorer.of_images(images, spatial=spatial)[0]
+        return scorer.of_images(self.images(), spatial=spatial)[0]
+
+    def images(self, channels: int | None = None) -> ImageSet:
+        """The images themselves. Raises ValueError, also of a statistics file, or FileNotFoundError."""
+        path = pathlib.Path(self.name).expanduser()
+        if path.suffix == ".npz" and is_statistics(path):
+            raise ValueError(f"{self.name}: swd compares images, and this file holds statistics only")
+        return open_images(self.name, self.dir, self.split, size=self.image_size, channels=channels)
+
+    def of_run(self, run: Run, size: int) -> ImageSet:
+        """The data that a run has learnt from, at `size` pixels a side."""
+        data = run.task.config.data
+        folder = self.dir or data.dir or None
+        source = open_source(data.source, folder, data.split, max_bad_fraction=data.max_bad_fraction)
+        return training_images(run.task.config, source, size)
 
 
 def check_extractor(metrics: Sequence[str], extractor: Extractor) -> None:
@@ -149,50 +86,100 @@ def check_extractor(metrics: Sequence[str], extractor: Extractor) -> None:
         raise ValueError(f"sfid needs features of an inner layer, which {extractor.name} does not give: use inception")
 
 
+def default_num(metrics: Sequence[str]) -> int:
+    """How many samples these metrics are customarily of."""
+    return max(CUSTOMARY.get(name, NUM_IMAGES) for name in metrics)
+
+
 def evaluate_images(
-    metrics: Sequence[str], images: ImageSet, reference: Reference | None, scorer: Scorer, options: Options
+    metrics: Sequence[str], images: ImageSet, reference: Reference | None, scorer: Scorer | None, options: Options
 ) -> Results:
-    """Scores of any images. Raises ValueError or FileNotFoundError with one line."""
-    check_metrics(list(metrics), METRICS)
-    check_extractor(metrics, scorer.extractor)
-    spatial = "sfid" in metrics
-    statistics = None
-    if reference is not None and _needs_reference(metrics, options):
+    """Scores of any images. Raises ValueError or FileNotFoundError with one line.
+
+    `scorer`: of what needs features; `swd` and `ms_ssim` do without.
+    """
+    features = _checked(metrics, scorer)
+    onlooker = Onlooker()
+    if pixels := [name for name in metrics if name in PIXEL_METRICS]:
+        shape, theirs = images.image(0).shape, None
+        if "swd" in pixels and reference is not None:
+            theirs = reference.images()
+        check_pixels(pixels, images.description, shape, len(images), theirs)
+        onlooker = Onlooker(pixels, len(images), shape, theirs, options.seed)
+    if scorer is None:
+        batches = images.share(jax.process_index(), jax.process_count()).batches(AT_ONCE)
+        _look(onlooker.watch(batches, AT_ONCE), len(images), "looking")
+        provenance = Provenance(num_images=len(images), data=images.description, seed=images.seed)
+        return _pixel_results(metrics, onlooker, provenance, options, None)
+    spatial, statistics = "sfid" in metrics, None
+    if reference is not None and _needs_reference(features, options):
         statistics = reference.statistics(scorer, spatial)
-    _check(metrics, statistics, images.description, len(images), scorer, options)
-    generated, preview = scorer.of_images(images, _keep(metrics, options), spatial)
-    return _results(metrics, generated, statistics, scorer, options, preview, None)
+    _check(features, statistics, images.description, len(images), scorer, options)
+    generated, _ = scorer.of_images(images, _keep(features, options), spatial, onlooker)
+    return _results(metrics, generated, statistics, scorer, options, onlooker, None)
 
 
 def evaluate_samples(
     metrics: Sequence[str],
     run: Run,
-    workdir: pathlib.Path,
+    workdir: str | pathlib.Path,
     reference: Reference,
-    scorer: Scorer,
+    scorer: Scorer | None,
     options: Options,
-    num: int = 5000,
+    num: int | None = None,
     seed: int = 0,
     sampling: SamplingConfig | None = None,
 ) -> Results:
-    """Scores of a run's samples. Statistics of the run's own data are kept in the workdir. Raises ValueError with one line."""
-    check_metrics(list(metrics), METRICS)
-    check_extractor(metrics, scorer.extractor)
+    """Scores of a run's samples. Statistics of the run's own data are kept in the workdir. Raises ValueError with one line.
+
+    `scorer`: of what needs features; `swd` and `ms_ssim` do without. `num`: None for what is customary.
+    """
+    features = _checked(metrics, scorer)
+    num = num or default_num(metrics)
     sampling = sampling or run.task.config.sampling
+    shape = sample_shape(run, sampling)
+    reference = dataclasses.replace(reference, image_size=reference.image_size or shape[0])
+    onlooker = Onlooker()
+    if pixels := [name for name in metrics if name in PIXEL_METRICS]:
+        theirs = None
+        if "swd" in pixels:
+            theirs = reference.images(shape[-1]) if reference.name else reference.of_run(run, shape[0])
+            num = min(num, len(theirs)) if set(metrics) == {"swd"} else num  # no more are compared
+        check_pixels(pixels, "samples", shape, num, theirs)
+        onlooker = Onlooker(pixels, num, shape, theirs, options.seed)
+    if scorer is None:
+        batches = samples_of(run, num, seed, sampling, local_mesh(run.task.config), onlooker)
+        _look(batches, num, "sampling")
+        provenance = Provenance(num_images=num, data=samples_name(run, num), seed=seed)
+        return _pixel_results(metrics, onlooker, provenance, options, sampling)
     spatial, statistics = "sfid" in metrics, None
-    if _needs_reference(metrics, options):
+    if _needs_reference(features, options):
         if reference.name:
             statistics = reference.statistics(scorer, spatial)
         else:
-            data = run.task.config.data
-            source = open_source(
-                data.source, reference.dir or data.dir or None, data.split, max_bad_fraction=data.max_bad_fraction
-            )
-            path = workdir / f"reference-{scorer.extractor.name}.npz"
-            statistics = cached_statistics(path, training_images(run.task.config, source), scorer, spatial)
-    _check(metrics, statistics, "samples", num, scorer, options)
-    generated, preview = scorer.of_run(run, num, seed, sampling, _keep(metrics, options), spatial)
-    return _results(metrics, generated, statistics, scorer, options, preview, sampling)
+            path = pathlib.Path(workdir) / f"reference-{scorer.extractor.name}.npz"
+            statistics = cached_statistics(path, reference.of_run(run, shape[0]), scorer, spatial)
+    _check(features, statistics, "samples", num, scorer, options)
+    generated, _ = scorer.of_run(run, num, seed, sampling, _keep(features, options), spatial, onlooker)
+    return _results(metrics, generated, statistics, scorer, options, onlooker, sampling)
+
+
+def _checked(metrics: Sequence[str], scorer: Scorer | None) -> list[str]:
+    """Those of the metrics that are of features. Raises ValueError for a name that is unknown or that `scorer` cannot give."""
+    check_metrics(list(metrics), IMAGE_METRICS)
+    features = [name for name in metrics if name in METRICS]
+    if features and scorer is None:
+        raise ValueError(f"{', '.join(features)}: an extractor is needed")
+    if scorer is not None:
+        check_extractor(features, scorer.extractor)
+    return features
+
+
+def _look(batches: Iterable[Batch], total: int, name: str) -> None:
+    """Let all batches pass, under a progress bar."""
+    with progress_bar(0, total, name, unit="image") as bar:
+        for _, count in batches:
+            bar.update(count * jax.process_count())
 
 
 def _check(
@@ -218,19 +205,38 @@ def _keep(metrics: Sequence[str], options: Options) -> int | None:
 
 def _results(
     metrics: Sequence[str], generated: Statistics, reference: Statistics | None, scorer: Scorer, options: Options,
-    preview: Any, sampling: SamplingConfig | None,
+    onlooker: Onlooker, sampling: SamplingConfig | None,
 ) -> Results:  # fmt: skip
-    scores = score(list(metrics), generated, reference, options)
-    named = [dataclasses.replace(s, name=scorer.extractor.score_name(s.name)) for s in scores]
+    scores = onlooker.scores()
+    features = [name for name in metrics if name in METRICS]
+    for name in features:
+        found = score([name], generated, reference, options)
+        scores[name] = [dataclasses.replace(s, name=scorer.extractor.score_name(s.name)) for s in found]
     return Results(
-        scores=named,
+        scores=[s for name in metrics for s in scores[name]],
         images=generated.provenance,
         reference=None if reference is None else reference.provenance,
         options=options,
         sampling=sampling,
-        warnings=warnings(list(metrics), generated, reference),
-        preview=preview,
+        warnings=[*warnings(features, generated, reference), *onlooker.warnings()],
+        preview=onlooker.preview(),
         marginals=(generated.marginal, reference and reference.marginal) if "is" in metrics else None,
+    )
+
+
+def _pixel_results(
+    metrics: Sequence[str], onlooker: Onlooker, images: Provenance, options: Options, sampling: SamplingConfig | None
+) -> Results:
+    """Of metrics that all need pixels only."""
+    scores, theirs = onlooker.scores(), onlooker.reference
+    return Results(
+        scores=[s for name in metrics for s in scores[name]],
+        images=images,
+        reference=None if theirs is None else Provenance(num_images=len(theirs), data=theirs.description),
+        options=options,
+        sampling=sampling,
+        warnings=onlooker.warnings(),
+        preview=onlooker.preview(),
     )
 
 

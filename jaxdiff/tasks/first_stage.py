@@ -11,7 +11,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jax
@@ -126,12 +126,18 @@ def load_first_stage(path: str | pathlib.Path) -> FirstStage:
     except (OSError, ValueError) as error:
         message = str(error)
         raise ConfigError(message if str(folder) in message else f"{folder / TENSORS}: {message}") from error
+    sha256 = digest_of(model, scale, shift, tensors)
+    mean, std = (tuple(float(v) for v in config.get(f"latents_{name}") or ()) for name in ("mean", "std"))
+    return FirstStage(model, params, scale, shift, mean, std, sha256)
+
+
+def digest_of(model: AutoencoderKL, scale: float, shift: float, tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 of all that decides what a latent means; `tensors`: under diffusers' names."""
     digest = hashlib.sha256(json.dumps([scale, shift, _to_config(model, 0)], sort_keys=True).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(np.ascontiguousarray(tensors[name]).tobytes())
-    mean, std = (tuple(float(v) for v in config.get(f"latents_{name}") or ()) for name in ("mean", "std"))
-    return FirstStage(model, params, scale, shift, mean, std, digest.hexdigest())
+    return digest.hexdigest()
 
 
 def find_folder(path: pathlib.Path) -> pathlib.Path:

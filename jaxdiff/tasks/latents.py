@@ -18,6 +18,7 @@ from jaxdiff.data.sources import Example, Source, open_source
 from jaxdiff.generation.generate import from_uint8
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.first_stage import FirstStage, load_first_stage
+from jaxdiff.tasks.pretrained import open_pretrained
 from jaxdiff.training.sharding import batch_sharding, make_mesh, replicated
 from jaxdiff.training.state import Params
 
@@ -37,15 +38,17 @@ def encode_data(config: Config, out: pathlib.Path) -> str:
     Raises ConfigError for a config without autoencoder, a random crop, or a folder that is there already.
     """
     data = config.data
-    if not config.autoencoder:
-        raise ConfigError("config.autoencoder is empty: it must name the autoencoder that encodes")
+    if not config.autoencoder and not config.model.pretrained:
+        raise ConfigError(
+            "config.autoencoder is empty, and so is config.model.pretrained: one must name the autoencoder that encodes"
+        )
     if data.crop != "centre":
         raise ConfigError(f"config.data.crop = {data.crop!r}: latents are kept of centre crops only")
     if data.source == "latents":
         raise ConfigError("config.data.source = 'latents': these are encoded already")
     if out.exists():
         raise ConfigError(f"--out {out} exists already: choose another place, or remove it first")
-    stage = load_first_stage(config.autoencoder)
+    stage = load_first_stage(config.autoencoder) if config.autoencoder else open_pretrained(config).first_stage()
     check_stage(stage, config)
     try:
         source = open_source(data.source, data.dir or None, data.split, max_bad_fraction=data.max_bad_fraction)

@@ -6,11 +6,14 @@ from jaxdiff.config import Config
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.first_stage import FirstStage
+from jaxdiff.tasks.pretrained import Pretrained
+from jaxdiff.tasks.progressive_gan import ProgressiveGANTask
 from jaxdiff.tasks.text_model import TextModel
 from jaxdiff.tasks.vae import VAETask
+from jaxdiff.training.state import Params
 from jaxdiff.weights.tokenizer import Tokenizer
 
-Task = DiffusionTask | VAETask | AutoencoderTask
+Task = DiffusionTask | VAETask | AutoencoderTask | ProgressiveGANTask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,6 +23,8 @@ class Parts:
     tokenizer: Tokenizer | None = None
     first_stage: FirstStage | None = None
     text_model: TextModel | None = None
+    pretrained: Pretrained | None = None  # what training begins from
+    unet: Params | None = None  # of it, where LoRA leaves it as it is
 
 
 def make_task(config: Config, parts: Parts | None = None) -> Task:
@@ -28,5 +33,12 @@ def make_task(config: Config, parts: Parts | None = None) -> Task:
         return AutoencoderTask(config)
     if config.task == "vae":
         return VAETask(config)
+    if config.task == "progressive_gan":
+        return ProgressiveGANTask(config)
     parts = parts or Parts()
-    return DiffusionTask(config, parts.tokenizer, parts.first_stage, parts.text_model)
+    return DiffusionTask(config, parts.tokenizer, parts.first_stage, parts.text_model, parts.pretrained, parts.unet)
+
+
+def at_step(task: Task, step: int) -> Task:
+    """The task as it is after `step` steps of training: of what grows, as large as it then is."""
+    return dataclasses.replace(task, step=step) if isinstance(task, ProgressiveGANTask) else task

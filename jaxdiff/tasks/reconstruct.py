@@ -79,7 +79,7 @@ def reconstruction_scores(
         originals, _ = scorer.of_images(images, keep=0)
         data = f"reconstructions of {images.description}"
         provenance = provenance_of(scorer.extractor, data, images.seed)
-        again, _ = scorer.of_batches(made, len(images), provenance, 0, False, "reconstructions")
+        again = scorer.of_batches(made, len(images), provenance, 0, False, "reconstructions")
         (frechet,) = score(["fid"], again, originals)
         found["rfid"] = dataclasses.replace(frechet, name=scorer.extractor.score_name("rfid"))
     else:

@@ -20,7 +20,9 @@ from jaxdiff.tasks import captions
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.first_stage import FOLDER as AUTOENCODER
 from jaxdiff.tasks.first_stage import load_first_stage
-from jaxdiff.tasks.make import Parts, Task, make_task
+from jaxdiff.tasks.make import Parts, Task, at_step, make_task
+from jaxdiff.tasks.pretrained import frozen_on_devices, keep_pretrained, open_pretrained
+from jaxdiff.tasks.progressive_gan import ProgressiveGANTask
 from jaxdiff.tasks.text_model import load_text_model
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.sharding import make_mesh
@@ -170,7 +172,7 @@ class Run:
         sample = self.task.make_sample(settings, asked is not None and self.task.is_guided(settings))
         generate = make_generator(sample, mesh, settings.batch_per_device)
         knobs = self.task.make_knobs(settings)
-        if isinstance(request, Request):
+        if isinstance(request, Request) and not isinstance(self.task, ProgressiveGANTask):
             knobs = make_knobs(self.model.schedule, settings, strength)
         return generate(self.params, seeds, request, knobs)
 
@@ -189,6 +191,14 @@ class Run:
 def load_run(workdir: str | pathlib.Path) -> Run:
     """Open a run to make images with its newest checkpoint. Raises ConfigError or CheckpointError with one clear line."""
     workdir = pathlib.Path(workdir)
+    task, step, params, kept = restore_run(workdir)
+    names = workdir / "classes.json"
+    class_names = tuple(json.loads(names.read_text())) if names.is_file() else ()
+    return Run(at_step(task, step), whole(task, params), step, class_names, tuple(kept))
+
+
+def restore_run(workdir: pathlib.Path) -> tuple[Task, int, Any, list[str]]:
+    """Task, step, moving average of the trained parameters, and captions of the newest checkpoint. Raises as `load_run` does."""
     config = read_config(workdir)
     parts, kept = read_parts(config, workdir)
     task = make_task(config, parts)
@@ -196,9 +206,7 @@ def load_run(workdir: str | pathlib.Path) -> Run:
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     target = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, np.float32, sharding=where), shapes)
     step, items = Checkpoints(workdir / "checkpoints").restore_items(ema_params=target)
-    names = workdir / "classes.json"
-    class_names = tuple(json.loads(names.read_text())) if names.is_file() else ()
-    return Run(task, whole(task, items["ema_params"]), step, class_names, tuple(kept))
+    return task, step, items["ema_params"], kept
 
 
 def read_parts(config: Config, workdir: pathlib.Path) -> tuple[Parts, list[str]]:
@@ -206,9 +214,14 @@ def read_parts(config: Config, workdir: pathlib.Path) -> tuple[Parts, list[str]]
     if config.task != "diffusion":
         return Parts(), []
     tokenizer, kept = captions.read(workdir) if config.text.enabled else (None, [])
-    stage = load_first_stage(workdir / AUTOENCODER) if config.autoencoder else None
-    text_model = load_text_model(workdir) if config.text.pretrained else None
-    return Parts(tokenizer if text_model is None else text_model.tokenizer, stage, text_model), kept
+    if config.model.pretrained:
+        pretrained = open_pretrained(config, workdir)
+        sha256 = keep_pretrained(pretrained, config, workdir, write=False)
+        stage, text_model, unet = frozen_on_devices(pretrained, config, sha256, pretrained.first_stage(), mesh=None)
+        return Parts(text_model.tokenizer, stage, text_model, pretrained, unet), kept
+    own = load_first_stage(workdir / AUTOENCODER) if config.autoencoder else None
+    own_text = load_text_model(workdir) if config.text.pretrained else None
+    return Parts(tokenizer if own_text is None else own_text.tokenizer, own, own_text), kept
 
 
 def whole(task: Task, params: Any) -> Any:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import UInt8
 
 from jaxdiff.config import Config, ConfigError, EvaluationConfig, SamplingConfig
 from jaxdiff.data.sources import Source
@@ -19,14 +19,14 @@ from jaxdiff.evaluation.extractors import Extractor, load_extractor
 from jaxdiff.evaluation.images import ImageSet
 from jaxdiff.evaluation.scores import NEED_REFERENCE, score
 from jaxdiff.evaluation.statistics import Provenance, Statistics, load_statistics
-from jaxdiff.generation.generate import make_device_generator
+from jaxdiff.generation.generate import keys_of, make_device_generator
 from jaxdiff.progress import progress_bar
-from jaxdiff.tasks.make import Task
+from jaxdiff.tasks.make import Task, at_step
+from jaxdiff.tasks.pixels import Onlooker
 from jaxdiff.tasks.run import Run, whole
 from jaxdiff.training.sharding import make_mesh
 
 KEEP = 10_000  # features kept with reference statistics, for KID and for precision and recall
-PREVIEW = 64  # images kept to be looked at
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,43 +37,73 @@ class Scorer:
     mesh: Mesh
     batch_per_device: int = 16
 
-    def of_images(self, images: ImageSet, keep: int | None = KEEP, spatial: bool = False) -> tuple[Statistics, Any]:
+    def of_images(
+        self, images: ImageSet, keep: int | None = KEEP, spatial: bool = False, onlooker: Onlooker | None = None
+    ) -> tuple[Statistics, Any]:
         """Statistics of images on the host (each process takes its share), and some of the images to look at."""
-        share = images.share(jax.process_index(), jax.process_count())
-        batches = share.batches(self.mesh.size * self.batch_per_device)
+        size = self.mesh.size * self.batch_per_device
+        batches = images.share(jax.process_index(), jax.process_count()).batches(size)
+        onlooker = onlooker or Onlooker()
         provenance = provenance_of(self.extractor, images.description, images.seed)
-        return self.of_batches(batches, len(images), provenance, keep, spatial, "features")
+        watched = onlooker.watch(batches, size)
+        return self.of_batches(watched, len(images), provenance, keep, spatial, "features"), onlooker.preview()
 
     def of_run(
-        self, run: Run, num: int, seed: int, settings: SamplingConfig, keep: int | None = None, spatial: bool = False
+        self,
+        run: Run,
+        num: int,
+        seed: int,
+        settings: SamplingConfig,
+        keep: int | None = None,
+        spatial: bool = False,
+        onlooker: Onlooker | None = None,
     ) -> tuple[Statistics, Any]:
-        """Statistics of samples with the seeds seed, seed + 1, ..., classes or captions in turn; they never leave the devices."""
-        sample = sampler_for_scores(run.task, settings, self.mesh)
-        data = f"{num:,} samples of step {run.step:,}"
-        provenance = provenance_of(self.extractor, data, seed)
-        seeds = np.arange(seed, seed + num)[jax.process_index() :: jax.process_count()]
-        requests = jax.tree.map(lambda a: a[jax.process_index() :: jax.process_count()], run.requests(num, seed))
-        return self.of_batches(sample(run.params, seeds, requests), num, provenance, keep, spatial, "sampling")
+        """Statistics of the samples of `samples_of`, which never leave the devices unless somebody looks; and some to look at."""
+        onlooker = onlooker or Onlooker()
+        provenance = provenance_of(self.extractor, samples_name(run, num), seed)
+        watched = samples_of(run, num, seed, settings, self.mesh, onlooker)
+        return self.of_batches(watched, num, provenance, keep, spatial, "sampling"), onlooker.preview()
 
     def of_batches(
         self, batches: Iterable[Batch], total: int, provenance: Provenance, keep: int | None, spatial: bool, name: str
-    ) -> tuple[Statistics, UInt8[np.ndarray, "n h w c"]]:
+    ) -> Statistics:
         """Statistics of this process's share of `total` images; `name`: for the progress bar."""
         collector = Collector(None if keep is None else -(-keep // jax.process_count()), spatial)
-        preview: list[np.ndarray] = []
-
-        def watched() -> Iterator[Batch]:
-            for images, count in batches:
-                if sum(map(len, preview)) < PREVIEW:
-                    preview.append(np.asarray(images)[:count])
-                yield images, count
-
         extract = make_extract(self.extractor, self.mesh, self.batch_per_device)
         with progress_bar(0, total, f"{name}, {self.extractor.name}", unit="image") as bar:
-            for features in extract(watched()):
+            for features in extract(batches):
                 collector.add(features)
                 bar.update(len(features.pool) * jax.process_count())
-        return collector.statistics(provenance), np.concatenate(preview)[:PREVIEW]
+        return collector.statistics(provenance)
+
+
+def samples_name(run: Run, num: int) -> str:
+    """What a provenance says of samples."""
+    return f"{num:,} samples of step {run.step:,}"
+
+
+def samples_of(
+    run: Run, num: int, seed: int, settings: SamplingConfig, mesh: Mesh, onlooker: Onlooker
+) -> Iterator[Batch]:
+    """Samples with the seeds seed, seed + 1, ..., classes or captions in turn: this process's share, watched by `onlooker`.
+
+    They come in the order of their seeds, but for ms_ssim in a random one: its neighbours must not be of classes in turn.
+    """
+    order = np.random.default_rng(seed).permutation(num) if "ms_ssim" in onlooker.metrics else np.arange(num)
+    mine = order[jax.process_index() :: jax.process_count()]
+    sample = sampler_for_scores(run.task, settings, mesh)
+    requests = jax.tree.map(lambda a: a[mine], run.requests(num, seed))
+    return onlooker.watch(sample(run.params, seed + mine, requests), mesh.size * settings.batch_per_device)
+
+
+def sample_shape(run: Run, settings: SamplingConfig) -> tuple[int, ...]:
+    """Height, width and channels of a run's samples; nothing is computed."""
+    task = run.task
+    sample = task.make_sample(settings, task.is_guided(settings))
+    seeds = jnp.zeros(1, jnp.uint32)
+    return jax.eval_shape(
+        lambda params: sample(params, keys_of(seeds), run.requests(1), task.make_knobs(settings)), run.params
+    ).shape[1:]
 
 
 def sampler_for_scores(task: Task, settings: SamplingConfig, mesh: Mesh) -> Callable[..., Iterator[Batch]]:
@@ -88,9 +118,9 @@ def local_mesh(config: Config) -> Mesh:
     return make_mesh(dataclasses.replace(config.sharding, mode="jit", fsdp=1), jax.local_devices())
 
 
-def training_images(config: Config, source: Source) -> ImageSet:
-    """A run's data set as the network sees it, without flips and random crops."""
-    return ImageSet.of(source, config.data.split, config.data.image_size, config.data.channels)
+def training_images(config: Config, source: Source, size: int | None = None) -> ImageSet:
+    """A run's data set as the network sees it, without flips and random crops; `size`: pixels a side, where others are asked."""
+    return ImageSet.of(source, config.data.split, size or config.data.image_size, config.data.channels)
 
 
 def cached_statistics(path: pathlib.Path, images: ImageSet, scorer: Scorer, spatial: bool) -> Statistics:
@@ -129,7 +159,8 @@ def make_training_scores(
         reference = cached_statistics(path, training_images(task.config, source), scorer, spatial)
 
     def scores(state: Any) -> dict[str, float]:
-        run = Run(task, whole(task, state.ema_params), int(state.step), (), tuple(captions))
+        step = int(state.step)
+        run = Run(at_step(task, step), whole(task, state.ema_params), step, (), tuple(captions))
         keep = None if {"kid", "pr"} & set(metrics) else 0
         generated, _ = scorer.of_run(run, config.num_images, 0, task.config.sampling, keep, spatial)
         found = score(metrics, generated, reference)

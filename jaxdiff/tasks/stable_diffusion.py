@@ -23,14 +23,25 @@ from jaxdiff.generation.image_model import ImageModel, Known, Request
 from jaxdiff.generation.pipelines import make_images
 from jaxdiff.generation.sampling import AS_FILED, make_recipe
 from jaxdiff.models.attention import AttentionImplementation
+from jaxdiff.models.lora import merge
 from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.tasks.first_stage import FirstStage, autoencoder_from_config, scale_and_shift
+from jaxdiff.tasks.memory import check_room
 from jaxdiff.tasks.text_model import text_encoder_from_config
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh, replicated
 from jaxdiff.training.state import Params
-from jaxdiff.weights.checkpoint import TOKENIZER, Checkpoint, ComponentName, Config, load_params, open_checkpoint
+from jaxdiff.weights.checkpoint import (
+    TOKENIZER,
+    Checkpoint,
+    ComponentName,
+    Config,
+    component_rules,
+    load_params,
+    open_checkpoint,
+)
+from jaxdiff.weights.lora import Adapters, load_lora
 from jaxdiff.weights.names import match
 from jaxdiff.weights.tokenizer import Tokenizer
 
@@ -107,8 +118,8 @@ class Networks:
 
     @property
     def multiple(self) -> int:
-        """What the height and width of images must be multiples of."""
-        return self.autoencoder.downsampling * 2 ** (len(self.unet.channel_multipliers) - 1)
+        """What the height and width of images must be multiples of: the U-Net takes latents of any size."""
+        return self.autoencoder.downsampling
 
     def image_model(self, height: int, width: int) -> ImageModel:
         """The pure functions that make images of this size."""
@@ -131,7 +142,7 @@ class Networks:
     def shapes(self) -> Params:
         """Shapes and dtypes of all parameters, by part."""
         tokens = jnp.zeros((1, 2), jnp.int32)
-        pixels, side = self.autoencoder.downsampling, self.multiple // self.autoencoder.downsampling
+        pixels, side = self.autoencoder.downsampling, 2 ** (len(self.unet.channel_multipliers) - 1)
         channels = self.unet.out_channels * 2 + 1 if self.mask_channels else self.unet.out_channels
         context = jnp.zeros((*tokens.shape, self.text_encoder.width))
         inputs: dict[str, tuple[Any, ...]] = {
@@ -182,6 +193,8 @@ class StableDiffusion:
     width: int
     settings: SamplingConfig
     params: Params
+    lora: Adapters = dataclasses.field(default_factory=dict)  # to be merged by `load`
+    lora_scale: float = 1.0
 
     @property
     def model(self) -> ImageModel:
@@ -189,7 +202,7 @@ class StableDiffusion:
         return _image_model(self.networks, self.height, self.width)
 
     def with_size(self, height: int | None = None, width: int | None = None) -> "StableDiffusion":
-        """The same model for images of another size. Raises ConfigError for one that the networks cannot halve."""
+        """The same model for images of another size. Raises ConfigError for one that the autoencoder cannot halve."""
         height, width = self.height if height is None else height, self.width if width is None else width
         multiple = self.networks.multiple
         for name, value in (("height", height), ("width", width)):
@@ -200,6 +213,17 @@ class StableDiffusion:
                 )
         return dataclasses.replace(self, height=height, width=width)
 
+    def with_lora(self, path: str | pathlib.Path, scale: float = 1.0) -> "StableDiffusion":
+        """The same model with a LoRA file that `load` will merge. Raises ConfigError for what is none, or not of this model."""
+        configs = self.checkpoint.configs
+        parts = ("unet", "text_encoder")
+        rules = {part: component_rules(PARTS[part], configs[PARTS[part]]) for part in parts}
+        try:
+            lora = load_lora(path, rules, {part: self.params[part] for part in parts})
+        except (OSError, ValueError) as error:
+            raise ConfigError(str(error)) from error
+        return dataclasses.replace(self, lora=lora, lora_scale=scale)
+
     def check(self, settings: SamplingConfig) -> None:
         """Raise ConfigError for settings that this model cannot sample with."""
         try:
@@ -208,19 +232,35 @@ class StableDiffusion:
             raise ConfigError(str(error)) from error
 
     def load(self, mesh: Mesh | None = None) -> "StableDiffusion":
-        """Read the parameters, one tensor at a time, straight to the devices of a mesh: copied, or split over `fsdp`."""
+        """Read the parameters, one tensor at a time, straight to the devices of a mesh: copied, or split over `fsdp`.
+
+        Raises ConfigError before it reads any where a device has no room for them.
+        """
         mesh = mesh or make_mesh(ShardingConfig())
-        params = {}
-        for part, component in PARTS.items():
+        placed = {}
+        for part in PARTS:
             shapes = self.params[part]
             copies = jax.tree.map(lambda _: replicated(mesh), shapes)
-            placed = jax.tree.map(
+            placed[part] = jax.tree.map(
                 lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 shapes,
                 fsdp_shardings(shapes, mesh) if "fsdp" in mesh.shape else copies,
             )
-            params[part] = load_params(self.checkpoint, component, placed)
+        check_room(placed, mesh.local_devices[0])
+        params = {}
+        for part, component in PARTS.items():
+            params[part] = self._adapted(part, load_params(self.checkpoint, component, placed[part]))
         return dataclasses.replace(self, params=params)
+
+    def _adapted(self, part: str, params: Params) -> Params:
+        """The parameters of a part with its LoRA merged: as many, of the same dtypes and in the same places."""
+        for kernel, (a, b, alpha) in self.lora.get(part, {}).items():
+            *above, name = kernel.split("/")
+            layer = functools.reduce(lambda tree, step: tree[step], above, params)
+            leaf = layer[name]
+            merged = merge(leaf, {"a": a, "b": b}, self.lora_scale * alpha / b.shape[0])
+            layer[name] = jax.device_put(merged.astype(leaf.dtype), leaf.sharding)
+        return params
 
     def make(
         self,
@@ -256,16 +296,19 @@ def load_stable_diffusion(
     mesh: Mesh | None = None,
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
     prediction: str | None = None,
+    lora: str | pathlib.Path | None = None,
+    lora_scale: float = 1.0,
 ) -> StableDiffusion:
     """Open Stable Diffusion 1.x or 2.x, inpainting variants too: a folder in diffusers' layout, or a .safetensors file.
 
     variant: of a folder's files, as "fp16". dtype: of parameters and computation. mesh: the parameters are split over its axis
     `fsdp` and copied over the others (default: copied to all devices). tokenizer: the folder of one, which a single file needs.
     prediction: "noise", "v" or "x0", where the checkpoint does not say, or says it wrongly.
+    lora: a LoRA file, in kohya's naming or that of diffusers, merged into the parameters times lora_scale.
     Raises ConfigError with one line that names what is missing, damaged or not supported.
     """
     opened = open_stable_diffusion(path, variant=variant, dtype=dtype, tokenizer=tokenizer, prediction=prediction)
-    return opened.load(mesh)
+    return (opened if lora is None else opened.with_lora(lora, lora_scale)).load(mesh)
 
 
 def open_stable_diffusion(

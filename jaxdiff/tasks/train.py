@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxdiff.config import Config, ConfigError, check, check_latent_size, flatten, may_change, to_json
 from jaxdiff.data.latents import LatentLoader, LatentSource
-from jaxdiff.data.loader import Loader
+from jaxdiff.data.loader import Loader, iterate_in_turn
 from jaxdiff.data.sources import Source, open_source
 from jaxdiff.files import write_text
 from jaxdiff.tasks import captions
@@ -21,6 +21,8 @@ from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.first_stage import keep_first_stage
 from jaxdiff.tasks.latents import check_stage
 from jaxdiff.tasks.make import Parts, Task, make_task
+from jaxdiff.tasks.pretrained import Pretrained, frozen_on_devices, keep_pretrained, open_pretrained, resolved
+from jaxdiff.tasks.progressive_gan import ProgressiveGANTask, resolve_length
 from jaxdiff.tasks.reconstruct import make_training_reconstruction_scores
 from jaxdiff.tasks.run import read_config
 from jaxdiff.tasks.score import make_training_scores, training_images
@@ -59,10 +61,10 @@ def check_continuation(config: Config, workdir: pathlib.Path) -> None:
         )
 
 
-def _open_data(config: Config) -> tuple[Source, Loader]:
+def _open_data(config: Config) -> Source:
     data = config.data
     try:
-        source = open_source(
+        return open_source(
             data.source,
             data.dir or None,
             data.split,
@@ -70,10 +72,17 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
             require_text=config.text.enabled,
             max_bad_fraction=data.max_bad_fraction,
         )
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.data: {error}") from error
+
+
+def _make_loader(config: Config, source: Source, batch_size: int, **options: Any) -> Loader:
+    data = config.data
+    try:
         make_loader: Any = LatentLoader if isinstance(source, LatentSource) else Loader
-        loader = make_loader(
+        return make_loader(
             source,
-            config.training.batch_size,
+            batch_size,
             config.seed,
             image_size=data.image_size,
             channels=data.channels,
@@ -82,10 +91,44 @@ def _open_data(config: Config) -> tuple[Source, Loader]:
             num_threads=data.num_threads,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            **options,
         )
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(f"config.data: {error}") from error
-    return source, loader
+
+
+def _make_loaders(config: Config, source: Source, mesh: Mesh) -> list[Loader]:
+    """A loader for each stage of the run. Raises ConfigError where its batches cannot be shared out evenly."""
+    if config.task != "progressive_gan":
+        return [_make_loader(config, source, config.training.batch_size)]
+    task, loaders = ProgressiveGANTask(config), []
+    task.separate_devices(mesh)
+    for stage, options in task.loading():
+        name = f"progressive_gan.batch_sizes at {stage.name}" if config.progressive_gan.batch_sizes else None
+        check_batch(stage.batch_size, 1, mesh, name or "training.batch_size")
+        loaders.append(_make_loader(config, source, stage.batch_size, **options))
+    return loaders
+
+
+def _pretrained_parts(
+    config: Config, pretrained: Pretrained, source: Source, workdir: pathlib.Path, write: bool, mesh: Mesh
+) -> tuple[Parts, list[str]]:
+    """What a run takes from a Stable Diffusion checkpoint, frozen parts on the devices, and captions. Raises ConfigError."""
+    stage = pretrained.first_stage()
+    check_stage(stage, config)
+    _check_latents(config, source, stage.sha256, f"config.model.pretrained = {config.model.pretrained!r}")
+    sha256 = keep_pretrained(pretrained, config, workdir, write)
+    tokenizer, kept = captions.prepare(config, source, workdir, write, pretrained.model.tokenizer)
+    stage, text_model, unet = frozen_on_devices(pretrained, config, sha256, stage, mesh)
+    return Parts(tokenizer, stage, text_model, pretrained, unet), kept
+
+
+def _check_latents(config: Config, source: Source, sha256: str, stage: str) -> None:
+    if isinstance(source, LatentSource) and source.info.sha256 != sha256:
+        raise ConfigError(
+            f"config.data.dir = {config.data.dir!r} holds latents of another autoencoder ({source.info.sha256[:12]}...) "
+            f"than {stage} (SHA-256 {sha256[:12]}...): encode the data anew"
+        )
 
 
 def _prepare_parts(config: Config, source: Source, workdir: pathlib.Path, write: bool) -> tuple[Parts, list[str]]:
@@ -98,11 +141,7 @@ def _prepare_parts(config: Config, source: Source, workdir: pathlib.Path, write:
         stage = keep_first_stage(config.autoencoder, workdir, write=False)
         check_stage(stage, config)
         check_latent_size(config, config.data.image_size // stage.model.downsampling)
-        if isinstance(source, LatentSource) and source.info.sha256 != stage.sha256:
-            raise ConfigError(
-                f"config.data.dir = {config.data.dir!r} holds latents of another autoencoder ({source.info.sha256[:12]}...) "
-                f"than config.autoencoder = {config.autoencoder!r} (SHA-256 {stage.sha256[:12]}...): encode the data anew"
-            )
+        _check_latents(config, source, stage.sha256, f"config.autoencoder = {config.autoencoder!r}")
     if config.text.pretrained:
         text_model = keep_text_model(config.text.pretrained, workdir, write=False)
     if write:  # only now that nothing is wrong with either
@@ -137,18 +176,28 @@ def describe(task: Task, source: Source, mesh: Mesh, workdir: pathlib.Path) -> s
 def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     """Train `config` in `workdir`, from the start or from where it stopped. Raises ConfigError before anything compiles."""
     mesh = make_mesh(config.sharding)
-    check_batch(config.training.batch_size, config.training.accumulation_steps, mesh)
+    if config.task != "progressive_gan":  # whose batches depend on its stages
+        check_batch(config.training.batch_size, config.training.accumulation_steps, mesh)
     platform = mesh.devices.flat[0].platform
     if config.model.attention_implementation == "cudnn" and platform != "gpu":
         raise ConfigError(
             f"config.model.attention_implementation = 'cudnn' needs an NVIDIA GPU, not {platform}: use 'auto'"
         )
-    source, loader = _open_data(config)
-    config = resolve_classes(config, source)
+    pretrained = None
+    if config.model.pretrained:
+        pretrained = open_pretrained(config, workdir)
+        config = resolved(config, pretrained)
+        check(config)
+    source = _open_data(config)
+    config = resolve_length(resolve_classes(config, source))
     check(config)
+    loaders = _make_loaders(config, source, mesh)
     check_continuation(config, workdir)
     first = jax.process_index() == 0
-    parts, kept = _prepare_parts(config, source, workdir, first)
+    if pretrained is not None:
+        parts, kept = _pretrained_parts(config, pretrained, source, workdir, first, mesh)
+    else:
+        parts, kept = _prepare_parts(config, source, workdir, first)
     tokenizer, task = parts.tokenizer, make_task(config, parts)
     if first:
         print(describe(task, source, mesh, workdir), flush=True)
@@ -156,7 +205,7 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
         write_text(workdir / "classes.json", json.dumps(source.class_names) + "\n")
 
     def batches(start: int) -> Generator[dict[str, np.ndarray], None, None]:
-        iterator = loader.iterate(start)
+        iterator = iterate_in_turn(loaders, start)
         try:
             for batch in iterator:
                 told = {"label": batch["label"]}

@@ -11,6 +11,9 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
@@ -124,6 +127,22 @@ class Growth:
     def first_step(self, stage: int) -> int:
         """The step at which a stage begins to fade in, however short the run."""
         return self._stages[stage][0]
+
+    def traced_alpha(self, stage: int, step: Int[Array, ""]) -> Float[Array, ""]:
+        """`at_step(step).alpha` of a step that is known to a compiled program only, while `stage` lasts."""
+        first_step, images, batch_size = self._stages[stage]
+        before = stage * (self.stable_images + self.fade_images) - self.fade_images  # images when the fade begins
+        if stage == 0 or self.fade_images == 0:
+            return jnp.ones((), jnp.float32)
+        look = (step - first_step) // self.hold_steps * self.hold_steps
+        faded = jnp.minimum(images - before + look * batch_size, self.fade_images)
+        return faded.astype(jnp.float32) / self.fade_images
+
+    def resets(self, stage: int) -> tuple[int, int]:
+        """Steps before which the optimisers forget: the stage's first, and the first that fades no more."""
+        first_step, images, batch_size = self._stages[stage]
+        missing = stage * (self.stable_images + self.fade_images) - images
+        return first_step, first_step + self.hold_steps * max(0, -(-missing // (self.hold_steps * batch_size)))
 
     @property
     def num_steps(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
-from jaxdiff.files import replacing, save_png, write_text
+from jaxdiff.files import replacing, save_gif, save_png, write_text
 
 
 class MetricsLog:
@@ -31,10 +31,15 @@ class MetricsLog:
         for name, value in values.items():
             self._tensorboard.add_scalar(re.sub(r"[^\w./-]+", "_", name).strip("_"), value, step)  # its tags are words
 
-    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w c"]) -> pathlib.Path:
-        """A PNG `<name>/step_<step>.png`, and the same to TensorBoard."""
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "... h w c"]) -> pathlib.Path:
+        """A PNG `<name>/step_<step>.png`, and the same to TensorBoard; of several images a GIF, to TensorBoard all in a row."""
         path = self.workdir / name / _picture_name(step)
-        save_png(path, image)
+        if image.ndim == 4:
+            path = path.with_suffix(".gif")
+            save_gif(path, image)
+            image = np.concatenate(image, axis=1)
+        else:
+            save_png(path, image)
         self._tensorboard.add_image(name, image, step, dataformats="HWC")
         self._tensorboard.flush()
         return path

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import signal
 import sys
@@ -19,11 +20,12 @@ from jaxdiff.progress import progress_bar
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
 from jaxdiff.training.log import MetricsLog, save_curve
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxdiff.training.sharding import make_runner
+from jaxdiff.training.sharding import Runner, make_runner, state_shardings
+from jaxdiff.training.stages import Programs, Stage, stage_at
 from jaxdiff.training.state import Params, create_state
 from jaxdiff.training.step import Loss, Update, make_update
 
-Pictures = Callable[[Any], dict[str, UInt8[np.ndarray, "h w c"]]]
+Pictures = Callable[[Any], dict[str, UInt8[np.ndarray, "... h w c"]]]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -35,19 +37,24 @@ class Trainable:
     """All that the loop knows of a task.
 
     The state is any pytree dataclass with a `step`; `make_update(axis_name)` gives update(state, batch, key) -> (state, metrics)
-    whose metrics hold `loss` and `finite`; `pictures(state)` gives named uint8 images to look at; `scores(state)`, every
-    `score_every` steps and at the end, named numbers. `frozen`: arrays that no step changes, update's fourth argument where there
-    are some; no checkpoint holds them. `publish(state, workdir)` is called when the run has come to its end and is saved.
+    whose metrics hold `loss` and `finite`; `pictures(state)` gives named uint8 images to look at, or [n h w c] to look at one
+    after the other; `scores(state)`, every `score_every` steps and at the end, named numbers. `frozen`: arrays that no step
+    changes, update's fourth argument where there are some; no checkpoint holds them. `publish(state, workdir)` is called when the
+    run has come to its end and is saved. `stages`: where not all steps are taken by one program, in order, the first from step 0;
+    then it is `make_update(axis_name, number)`, and batches have the stages' sizes. The state's shapes are those of all stages.
+    `begin(shardings)` makes the first state where it will live if `init`, of the same shapes, is not what a run begins with.
     """
 
     init: Callable[[Key[Array, ""]], Any]
-    make_update: Callable[[str | None], Callable[..., Any]]
+    make_update: Callable[..., Callable[..., Any]]
     pictures: Pictures
     curves: tuple[str, ...]
     scores: Callable[[Any], dict[str, float]] | None = None
     score_every: int = 0
     frozen: Any = None
     publish: Callable[[Any, pathlib.Path], None] | None = None
+    stages: tuple[Stage, ...] = ()
+    begin: Callable[[Any], Any] | None = None
 
 
 def minimise(
@@ -57,10 +64,12 @@ def minimise(
     pictures: Pictures,
     curves: tuple[str, ...],
     frozen: Any = None,
+    given: Callable[[Any], Params] | None = None,
 ) -> Trainable:
     """The task of minimising one loss over all parameters, with the config's optimiser.
 
-    `frozen`: see `Trainable`; the loss's fourth argument where there is some.
+    `frozen`: see `Trainable`; the loss's fourth argument where there is some. `given(shardings)`: the parameters to begin with,
+    where those are not `init`'s.
     """
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     rate = learning_rate_schedule(config.optimizer, config.training.num_steps)
@@ -68,7 +77,19 @@ def minimise(
     def update(axis_name: str | None) -> Update:
         return make_update(loss, optimizer, config.optimizer, rate, config.training.accumulation_steps, axis_name)
 
-    return Trainable(lambda key: create_state(init(key), optimizer), update, pictures, curves, frozen=frozen)
+    def begin(shardings: Any) -> Any:
+        assert given is not None
+        make = jax.jit(lambda params: create_state(params, optimizer), out_shardings=shardings, donate_argnums=0)
+        return make(given(shardings.params))
+
+    return Trainable(
+        lambda key: create_state(init(key), optimizer),
+        update,
+        pictures,
+        curves,
+        frozen=frozen,
+        begin=None if given is None else begin,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,22 +139,33 @@ def train(
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     shapes = jax.eval_shape(task.init, init_key)
-    runner = make_runner(task.make_update, shapes, mesh, mode, task.frozen)
+    stages = task.stages or (Stage("", 0, config.batch_size),)
+
+    def runner_of(stage: int) -> Runner:
+        update = functools.partial(task.make_update, number=stage) if task.stages else task.make_update
+        return make_runner(update, shapes, mesh, mode, task.frozen)
+
+    shardings = state_shardings(shapes, mesh, mode)
+    target = abstract_state(shapes, shardings)
     checkpoints = Checkpoints(workdir / "checkpoints", config.keep_checkpoints)
-    restored = checkpoints.restore_latest(abstract_state(shapes, runner.state_shardings))
+    restored = checkpoints.restore_latest(target)
     if restored is None:
-        start, state = 0, init_sharded(task.init, init_key, runner.state_shardings)
+        start = 0
+        state = task.begin(shardings) if task.begin else init_sharded(task.init, init_key, shardings)
     else:
         start, state = restored
         print(f"going on from step {start}", flush=True)
     log = MetricsLog(workdir, start)
     run = _Run(task, config, log, checkpoints, start)
+    programs = Programs(stages, runner_of, batches, target, run_key)
     stopped = None
     try:
         with stop_signals() as received, contextlib.closing(batches(start)) as source:
             for step in range(start, config.num_steps):
+                run.enter(stages[stage_at(stages, step)])
                 try:
                     batch = next(source)
+                    runner = programs.at(step)
                 except Exception:  # unreadable data, say: what was learnt so far is not lost
                     run.save(state)
                     raise
@@ -147,6 +179,7 @@ def train(
         run.bar.close()
         log.close()
         checkpoints.close()
+        programs.close()
     return Outcome(run.step, state, stopped)
 
 
@@ -166,17 +199,26 @@ class _Run:
         self.bar = progress_bar(start, config.num_steps, "training")
         self._pending: list[Any] = []  # metrics still on the device: reading them at every step would stall it
         self._since = time.perf_counter()
-        self.bar.set_postfix_str("compiling the first step")
+        self.stage: Stage | None = None
+        self._compiling = False
+
+    def enter(self, stage: Stage) -> None:
+        """Say so where the next step is a stage's first; numbers of different stages are not mixed."""
+        if stage is self.stage:
+            return
+        self.flush(self.step)
+        self.stage, self._compiling, self._since = stage, True, time.perf_counter()
+        self.bar.set_postfix_str(f"compiling the first step{f' of {stage.name}' if stage.name else ''}")
 
     def after_step(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
         """Log, draw and save whatever is due after `step` updates."""
         config, self.step = self.config, step
         self._pending.append(metrics)
         self.bar.update()
-        if step == self.start + 1:
+        if self._compiling:
             jax.block_until_ready(metrics)
             self.bar.set_postfix_str(f"first step after {time.perf_counter() - self._since:.1f} s")
-            self._since = time.perf_counter()
+            self._since, self._compiling = time.perf_counter(), False
         if step % config.log_every == 0:
             self.flush(step)
         if config.sample_every and step % config.sample_every == 0 and step < config.num_steps:
@@ -200,11 +242,17 @@ class _Run:
                 )
         now = time.perf_counter()
         seconds, self._since = now - self._since, now
-        values = {name: float(np.mean([m[name] for m in history])) for name in history[0] if name != "finite"}
+        assert self.stage is not None
+        columns = {name: np.array([m[name] for m in history], np.float64) for name in history[0] if name != "finite"}
+        # A task may forgive a step that is not finite (`finite` was true): then the others say how it goes.
+        finite = {name: column[np.isfinite(column)] for name, column in columns.items()}
+        values = {name: float(column.mean()) for name, column in finite.items() if len(column)}
         values["steps_per_second"] = len(history) / seconds
-        values["images_per_second"] = values["steps_per_second"] * self.config.batch_size
+        values["images_per_second"] = values["steps_per_second"] * self.stage.batch_size
         self.log.scalars(step, values)
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
+        where = f"{self.stage.name}, " if self.stage.name else ""
+        loss = values.get("loss", np.nan)
+        self.bar.set_postfix_str(f"{where}loss {loss:.4f}, {values['images_per_second']:.0f} images/s")
 
     def draw(self, state: Any) -> None:
         """Make the task's pictures; the time they take is not counted as training time."""

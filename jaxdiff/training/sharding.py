@@ -29,14 +29,14 @@ def make_mesh(config: ShardingConfig, devices: list[jax.Device] | None = None) -
     return Mesh(np.array(devices).reshape(shape), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
-    """Raise ConfigError unless every device gets the same share of every micro-batch."""
+def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh, name: str = "training.batch_size") -> None:
+    """Raise ConfigError unless every device gets the same share of every micro-batch. `name`: of the key that says its size."""
     needed = mesh.size * accumulation_steps
     if batch_size % needed:
         below = batch_size // needed * needed
         nearest = f"{below} or {below + needed}" if below else f"{needed}"
         by = f"{mesh.size} devices" + (f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else "")
-        raise ConfigError(f"config.training.batch_size = {batch_size} must be divisible by {by}: {nearest} would do")
+        raise ConfigError(f"config.{name} = {batch_size} must be divisible by {by}: {nearest} would do")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -63,6 +63,13 @@ def fsdp_shardings(shapes: Any, mesh: Mesh, min_size: int = 4096) -> Any:
     return jax.tree.map(rule, shapes)
 
 
+def state_shardings(shapes: Any, mesh: Mesh, mode: str) -> Any:
+    """Where each leaf of a training state lives: "jit" as `fsdp_shardings` says, "pmap" a copy on every device."""
+    if mode == "jit":
+        return fsdp_shardings(shapes, mesh)
+    return jax.tree.map(lambda _: replicated(mesh), shapes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Runner:
     """A compiled update and the way to feed it."""
@@ -82,15 +89,17 @@ def make_runner(
 ) -> Runner:
     """Run `make_update(axis_name)` on the mesh: mode "jit" (global arrays, donated state) or "pmap" (a literal `jax.pmap`).
 
-    frozen: arrays that no step changes, copied to every device once; the update's fourth argument where there are some.
+    frozen: arrays that no step changes, brought to the devices once, split as the state is; the update's fourth argument where
+    there are some.
     """
-    extra = () if frozen is None else (jax.device_put(frozen, replicated(mesh)),)
+    where = () if frozen is None else (state_shardings(frozen, mesh, mode),)
+    extra = () if frozen is None else (jax.device_put(frozen, *where),)
+    shardings = state_shardings(state_shapes, mesh, mode)
     if mode == "jit":
-        shardings = fsdp_shardings(state_shapes, mesh)
         sharding = batch_sharding(mesh)
         step = jax.jit(
             make_update(None),
-            in_shardings=(shardings, sharding, replicated(mesh), *(replicated(mesh),) * len(extra)),
+            in_shardings=(shardings, sharding, replicated(mesh), *where),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,
         )
@@ -113,5 +122,4 @@ def make_runner(
     def put_split(batch: dict[str, np.ndarray]) -> Any:
         return {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
 
-    shardings = jax.tree.map(lambda _: replicated(mesh), state_shapes)
     return Runner(pmapped, put_split, shardings, extra)

@@ -100,12 +100,20 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in open_tensors(path).items()}
 
 
-def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray]) -> None:
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What a safetensors file says of itself. Raises as `open_tensors` does."""
+    open_tensors(path)
+    return dict(_read_header(pathlib.Path(path))[0].get("__metadata__", {}))
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
     """A safetensors file that PyTorch's libraries read too, written at once or not at all."""
     # The library writes the memory as it lies: of an array in another order it would make another array, and not say so.
     in_order = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     with replacing(path) as temporary:
-        save_file(in_order, temporary, metadata={"format": "pt"})
+        save_file(in_order, temporary, metadata={"format": "pt", **(metadata or {})})
 
 
 def _read_header(path: pathlib.Path) -> tuple[dict[str, Any], int, int]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jaxdiff.data.loader import Loader
+from jaxdiff.data.loader import Loader, iterate_in_turn
 from jaxdiff.data.sources import ArraySource, open_source
 
 
@@ -237,6 +237,7 @@ def test_the_program_ends_at_once_at_its_end_and_at_ctrl_c(interrupt):
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not below 2"),
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"channels": 4}, "channels must be 1"),
+        ({"shrink_by": 3}, "shrink_by 3 does not divide image_size 8"),
         ({"crop": "top"}, "crop must be one of centre, random, not 'top'"),
         ({"seed": -1}, "seed must be from 0"),
     ],
@@ -245,6 +246,30 @@ def test_impossible_settings_are_named(wrong, message):
     settings = {"batch_size": 8, "seed": 0, "image_size": 8, "channels": 3} | wrong
     with pytest.raises(ValueError, match=message):
         Loader(make_source(), **settings)
+
+
+@pytest.mark.parametrize("crop", ["centre", "random"])
+@pytest.mark.parametrize("memory_limit", [0, 2**30])
+def test_shrunk_images_are_means_of_the_blocks_of_whole_ones(crop, memory_limit):
+    options = OPTIONS | {"crop": crop, "memory_limit": memory_limit}
+    whole, small = Loader(make_source(), 8, 0, **options), Loader(make_source(), 8, 0, **options, shrink_by=3)
+    for n in (0, 9):
+        blocks = whole[n]["image"].reshape(8, 2, 3, 2, 3, 3).astype(np.float64)
+        np.testing.assert_array_equal(small[n]["image"], np.floor(blocks.mean((2, 4)) + 0.5))
+
+
+def test_loaders_in_turn_see_every_image_of_the_order_once():
+    """Batches of 8, from number 3 on of 4: as many images as before, none left out and none twice."""
+    source, order = make_source(), Loader(make_source(), 8, 7, **OPTIONS)._order
+    loaders = [Loader(source, 8, 7, **OPTIONS), Loader(source, 4, 7, **OPTIONS, begin=(3, 24), shrink_by=2)]
+    whole = list(itertools.islice(iterate_in_turn(loaders), 6))
+    assert [batch["image"].shape[:2] for batch in whole] == [(8, 6)] * 3 + [(4, 3)] * 3
+    assert np.concatenate([batch["label"] for batch in whole]).tolist() == [order[i] for i in range(36)]
+    for start in range(6):
+        for batch, expected in zip(whole[start:], iterate_in_turn(loaders, start), strict=False):
+            assert_same(batch, expected)
+    with pytest.raises(IndexError, match="numbered from 3"):
+        loaders[1][2]
 
 
 def test_batches_have_no_negative_numbers():

@@ -21,8 +21,8 @@ from jaxdiff.tasks.evaluate import (
     evaluate_likelihood,
     evaluate_samples,
     make_reference,
-    read_results,
 )
+from jaxdiff.tasks.results import read_results
 from jaxdiff.tasks.run import Run
 from jaxdiff.tasks.score import Scorer, cached_statistics, training_images
 from jaxdiff.tasks.train import train_run

@@ -5,6 +5,7 @@ import pytest
 
 from jaxdiff.tasks.stable_diffusion import load_stable_diffusion
 from tests.golden import make_stable_diffusion as peers
+from tests.tasks import parity_of_networks
 from tests.tasks import small_checkpoint as small
 from tests.tasks.small_checkpoint import images_of, one_device
 
@@ -33,6 +34,23 @@ def test_images_are_those_of_diffusers(opened, case):
     error = np.abs(ours - theirs).max()
     print(f"{case}: largest difference {error:.1e}, largest number {np.abs(theirs).max():.2f}")
     assert theirs.std() > 0.1 and error < 1e-4 * max(1, np.abs(theirs).max())
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_networks_are_those_of_the_peers(opened, kind):
+    """Latents of odd sizes too; 5e-5 is asked for."""
+    differences = parity_of_networks.whole_networks(*opened(kind))
+    print(kind, {name: f"{difference:.1e}" for name, difference in differences.items()})
+    assert len(differences) == 5 and max(differences.values()) < 5e-5
+
+
+@pytest.mark.parametrize("kind", [small.KINDS[0], small.KINDS[2]])
+def test_blocks_are_those_of_the_peers(opened, kind):
+    """Each with what reached it there; 2e-5 is asked for."""
+    differences = parity_of_networks.blocks(*opened(kind))
+    print(kind, {name: f"{difference:.1e}, {number}" for name, (difference, number) in differences.items()})
+    assert sum(number for _, number in differences.values()) == 59, "a block is not compared"
+    assert max(difference for difference, _ in differences.values()) < 2e-5
 
 
 def test_golden_numbers_are_those_of_the_peer_here(opened, golden_dir):

@@ -2,6 +2,8 @@
 
 import itertools
 
+import jax
+import numpy as np
 import pytest
 
 from jaxdiff.training.growth import Growth
@@ -88,6 +90,21 @@ def test_every_step_is_what_counting_gives(changes):
     assert growth.images_before(len(steps)) >= growth.total_images
     for stage in {phase.stage for phase, _ in steps}:
         assert growth.first_step(stage) == next(step for step, (phase, _) in enumerate(steps) if phase.stage == stage)
+
+
+@pytest.mark.parametrize("changes", [{}, {"hold_steps": 1}, {"fade_images": 0}, {"stable_images": 0}])
+def test_a_compiled_program_sees_the_same_schedule(changes):
+    settings = {"resolution": 32, "total_images": 9_000, "stable_images": 700, "fade_images": 900}
+    growth = Growth(**{**settings, "batch_sizes": {8: 12, 16: 6, 32: 3}, **changes})
+    phases = [phase for phase, _ in walk(growth)]
+    stages = np.array([phase.stage for phase in phases])
+    for stage in range(growth.last_stage + 1):
+        steps = np.flatnonzero(stages == stage)
+        alphas = jax.jit(jax.vmap(lambda step, stage=stage: growth.traced_alpha(stage, step)))(steps)
+        np.testing.assert_allclose(alphas, [phases[step].alpha for step in steps], rtol=1e-6)
+    resets = {step for stage in range(growth.last_stage + 1) for step in growth.resets(stage) if stages[step] == stage}
+    edges = {step for step in range(1, len(phases)) if phases[step].leg != phases[step - 1].leg}
+    assert resets == {0} | edges
 
 
 def test_lod_falls_and_the_optimiser_is_reset_at_both_edges_of_every_fade():

@@ -14,7 +14,7 @@ import pytest
 
 from jaxdiff.config import to_json
 from jaxdiff.files import write_text
-from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.make import make_task
 from jaxdiff.tasks.run import load_run
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
@@ -57,7 +57,7 @@ def log_of(workdir):
 
 def final_state(config, workdir):
     mesh = make_mesh(config.sharding, jax.devices()[:1])
-    shapes = jax.eval_shape(DiffusionTask(config).trainable(mesh).init, jax.random.key(0))
+    shapes = jax.eval_shape(make_task(config).trainable(mesh).init, jax.random.key(0))
     checkpoints = Checkpoints(workdir / "checkpoints")
     return checkpoints.restore_latest(abstract_state(shapes, fsdp_shardings(shapes, mesh)))
 

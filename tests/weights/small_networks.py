@@ -23,6 +23,7 @@ def normal(seed, *shape):
 
 
 IMAGES, LATENTS = normal(1, 2, 16, 12, 3), normal(2, 2, 8, 6, 4)
+ODD = LATENTS[:, :7, :5]  # halved to 4 by 3, and back
 CONTEXT, TIME = normal(3, 2, 5, 24), np.array([3.0, 981.0], np.float32)
 TOKENS = np.array([[START, 4, 17, *[END] * 8], [START, *range(1, 10), END]], np.int32)
 
@@ -92,8 +93,12 @@ def our_outputs():
         outputs[f"{activation} penultimate"] = apply(params, TOKENS, skip_layers=1)
     for version in (1, 2):
         network, rules, inputs = unet(version)
-        params = load(network, rules, inputs)
-        outputs[f"unet {version}"] = jit(network.apply)(params, *(i if i is None else jnp.asarray(i) for i in inputs))
+        params, run = load(network, rules, inputs), jit(network.apply)
+        outputs[f"unet {version}"] = run(params, *(i if i is None else jnp.asarray(i) for i in inputs))
+        if version == 1:
+            outputs["unet 1 odd"] = run(
+                params, jnp.asarray(ODD), *(i if i is None else jnp.asarray(i) for i in inputs[1:])
+            )
     return {name: np.asarray(output) for name, output in outputs.items()}
 
 
