@@ -121,7 +121,7 @@ def _evaluation(
 
 def _fits(needed: int) -> str:
     """Whether a device has so much memory, where it tells how much it has."""
-    room = device_memory(jax.local_devices()[0])
+    room = device_memory(jax.local_devices()[0], jax.local_device_count())
     if not room:
         return "whose memory this device does not tell"
     return f"{'within' if needed < room else 'MORE THAN'} the {room / 2**30:.1f} GiB that it has"

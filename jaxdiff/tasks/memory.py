@@ -10,8 +10,8 @@ from jax.sharding import Sharding
 from jaxdiff.config import ConfigError
 
 
-def device_memory(device: jax.Device) -> int | None:
-    """Bytes that a device has for arrays; of a CPU the machine's, shared by all its devices. None where nobody tells."""
+def device_memory(device: jax.Device, sharing: int = 1) -> int | None:
+    """Bytes that a device has for arrays; of a CPU the machine's, `sharing` devices alike. None where nobody tells."""
     if device.platform != "cpu":
         limit = (device.memory_stats() or {}).get("bytes_limit")
         return int(limit) if limit else None
@@ -19,7 +19,7 @@ def device_memory(device: jax.Device) -> int | None:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
         return None
-    return total // jax.local_device_count("cpu") if total > 0 else None
+    return total // sharing if total > 0 else None
 
 
 def bytes_of(shapes: Any) -> int:
@@ -27,15 +27,15 @@ def bytes_of(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def check_room(shapes: Any, device: jax.Device) -> None:
-    """Raise ConfigError if a device has no room for its share of these (shapes with a sharding)."""
+def check_room(shapes: Any, device: jax.Device, sharing: int = 1) -> None:
+    """Raise ConfigError if a device has no room for its share of these (shapes with a sharding); see `device_memory`."""
 
     def share(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
         shape = sharding.shard_shape(leaf.shape) if isinstance(sharding, Sharding) else leaf.shape
         return math.prod(shape) * leaf.dtype.itemsize
 
-    needed, room = sum(map(share, jax.tree.leaves(shapes))), device_memory(device)
+    needed, room = sum(map(share, jax.tree.leaves(shapes))), device_memory(device, sharing)
     if room is not None and needed > room:
         raise ConfigError(
             f"the parameters alone need {needed / 2**30:.2f} GiB on every device, which has {room / 2**30:.2f}: take a "

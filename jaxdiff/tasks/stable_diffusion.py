@@ -246,7 +246,7 @@ class StableDiffusion:
                 shapes,
                 fsdp_shardings(shapes, mesh) if "fsdp" in mesh.shape else copies,
             )
-        check_room(placed, mesh.local_devices[0])
+        check_room(placed, mesh.local_devices[0], len(mesh.local_devices))
         params = {}
         for part, component in PARTS.items():
             params[part] = self._adapted(part, load_params(self.checkpoint, component, placed[part]))

@@ -184,7 +184,7 @@ def test_operations_are_those_of_the_mathematics(sd):
 
 @pytest.mark.parametrize("room", [1000, None])
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folders, monkeypatch, room):
-    monkeypatch.setattr(memory, "device_memory", lambda device: room)
+    monkeypatch.setattr(memory, "device_memory", lambda device, sharing: room)
     monkeypatch.setattr(stable_diffusion, "load_params", lambda *args: {})
     opened = open_stable_diffusion(folders(SD1))
     if room is None:
@@ -202,7 +202,7 @@ def test_a_device_needs_room_for_its_share_only(sd, monkeypatch):
         shapes,
         fsdp_shardings(shapes, mesh, 0),
     )
-    monkeypatch.setattr(memory, "device_memory", lambda device: 400)
+    monkeypatch.setattr(memory, "device_memory", lambda device, sharing: 400)
     memory.check_room(split, jax.devices()[0])
     with pytest.raises(ConfigError, match="need"):
         memory.check_room(shapes, jax.devices()[0])
