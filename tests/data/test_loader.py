@@ -204,10 +204,11 @@ def test_an_error_in_a_thread_surfaces_with_the_file_at_its_batch(tmp_path):
 
 
 SCRIPT = """
-import sys, numpy as np
+import signal, sys, numpy as np
 from jaxdiff.data.loader import Loader
 from jaxdiff.data.sources import ArraySource
 source = ArraySource("zeros", np.zeros((50, 8, 8, 1), np.uint8), np.zeros(50, int), ("0",), "nowhere")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's jobs in the background are started without
 batches = Loader(source, 8, 0, image_size=8, channels=1).iterate()
 next(batches)
 print("ready", flush=True)
@@ -224,7 +225,10 @@ def test_the_program_ends_at_once_at_its_end_and_at_ctrl_c(interrupt):
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         if interrupt:
             process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()  # or leaving this block would wait for a program that does not end
     assert errors.endswith("KeyboardInterrupt\n") if interrupt else errors == ""
     assert process.returncode == (-signal.SIGINT if interrupt else 0)
 
