@@ -13,8 +13,9 @@ data.image_size should be what it was trained for (512; 768 for 2.1). Encoding o
     python -m jaxdiff.encode --config configs/stable_diffusion_finetune.py --config.model.pretrained=path/to/sd \
         --config.data.dir=my_captioned_photos --out my_latents
 
-and then --config.data.source=latents --config.data.dir=my_latents. It takes an accelerator (see docs/stable_diffusion.md for what
-memory holds): not tuned, all of its steps have not been run.
+and then --config.data.source=latents --config.data.dir=my_latents.
+
+Not tuned: it has only been run with small random checkpoints on a CPU. Memory and time with a whole one have not been measured.
 """
 
 from ml_collections import ConfigDict
