@@ -45,10 +45,9 @@ def tokenizer(kind):
     return Tokenizer.create(made.vocabulary, made.merges, TOKENS, "!" if "2" in kind else END)
 
 
-def params(kind):
-    """By the checkpoint's names of the components; kernels keep the size of what goes through."""
-    parts = configs(kind)
-    networks = Networks(
+def networks_of(parts, kind):
+    """The networks of some configs."""
+    return Networks(
         unet_from_config(parts["unet"]),
         autoencoder_from_config(parts["vae"]),
         text_encoder_from_config(parts["text_encoder"]),
@@ -57,12 +56,22 @@ def params(kind):
         scheduler="{}",
         mask_channels="inpainting" in kind,
     )
+
+
+def params_of(parts, kind, scale=1.0):
+    """By the checkpoint's names of the components; at `scale` 1 kernels keep the size of what goes through."""
     found = {}
-    for part, shapes in networks.shapes().items():
+    for part, shapes in networks_of(parts, kind).shapes().items():
         rules = component_rules(PARTS[part], parts[PARTS[part]])
         empty = to_theirs(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), rules)
-        found[PARTS[part]] = to_ours({name: random_tensor(name, t.shape) for name, t in empty.items()}, rules, shapes)
+        tensors = {name: scale * random_tensor(name, t.shape) for name, t in empty.items()}
+        found[PARTS[part]] = to_ours(tensors, rules, shapes)
     return found
+
+
+def params(kind):
+    """Of these configs."""
+    return params_of(configs(kind), kind)
 
 
 def write(folder, kind, single_file=False, **changes):

@@ -2,18 +2,11 @@
 
 import json
 
-import jax
 import numpy as np
 from PIL import Image
 
-from jaxdiff.tasks.first_stage import autoencoder_from_config
-from jaxdiff.tasks.stable_diffusion import PARTS, Networks, unet_from_config
-from jaxdiff.tasks.text_model import text_encoder_from_config
-from jaxdiff.weights.checkpoint import component_rules
 from jaxdiff.weights.export import save_folder, save_single_file
-from jaxdiff.weights.names import to_ours, to_theirs
 from tests.tasks import small_checkpoint as small
-from tests.weights.small_networks import random_tensor
 
 SIDE, CONTEXT = 16, 16
 SD1, INPAINT1, SD2, INPAINT2 = small.KINDS
@@ -45,27 +38,12 @@ def configs(kind):
 
 
 def networks(kind):
-    parts = configs(kind)
-    return Networks(
-        unet_from_config(parts["unet"]),
-        autoencoder_from_config(parts["vae"]),
-        text_encoder_from_config(parts["text_encoder"]),
-        scaling_factor=1.0,
-        shift_factor=0.0,
-        scheduler="{}",
-        mask_channels="inpainting" in kind,
-    )
+    return small.networks_of(configs(kind), kind)
 
 
 def params(kind, scale=1.0):
     """By the checkpoint's names of the components."""
-    parts, found = configs(kind), {}
-    for part, shapes in networks(kind).shapes().items():
-        rules = component_rules(PARTS[part], parts[PARTS[part]])
-        empty = to_theirs(jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), rules)
-        tensors = {name: scale * random_tensor(name, t.shape) for name, t in empty.items()}
-        found[PARTS[part]] = to_ours(tensors, rules, shapes)
-    return found
+    return small.params_of(configs(kind), kind, scale)
 
 
 def write(folder, kind=SD1, single_file=False, scale=1.0):
