@@ -2,6 +2,7 @@
 
 import pathlib
 import sys
+import textwrap
 
 import nbformat
 import pytest
@@ -111,8 +112,8 @@ def test_notebook_runs(name, tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))  # searched first
     write_kernel_spec(tmp_path / "kernels" / "python3")  # its command is sys.executable
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
-    lines = [f"import sys; assert sys.executable == {sys.executable!r}", *CLAIMS[name].strip().splitlines()]
-    notebook.cells.append(nbformat.v4.new_code_cell("\n".join(line.strip() for line in lines)))
+    right_kernel = f"import sys; assert sys.executable == {sys.executable!r}\n"
+    notebook.cells.append(nbformat.v4.new_code_cell(right_kernel + textwrap.dedent(CLAIMS[name])))
     NotebookClient(
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(NOTEBOOKS)}}
     ).execute()
