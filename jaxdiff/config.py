@@ -48,6 +48,7 @@ class ModelConfig:
     num_heads: int = 1
     dropout: float = 0.1
     patch_size: int = 1  # space-to-depth at the door
+    scale_shift_norm: bool = False  # time, label and pooled text scale and shift what is normed, instead of adding before
     position_embedding: bool = False  # sines of row and column at the door: good where patches leave few positions
     num_classes: int = 0  # 0: unconditional; -1: as many as the data has (resolved when training starts)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation

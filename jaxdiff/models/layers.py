@@ -65,12 +65,17 @@ def conv3x3(
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + dense(swish(embedding)))))); the last conv starts at zero."""
+    """x + conv(dropout(swish(norm(conv(swish(norm(x))) + dense(swish(embedding)))))); the last conv starts at zero.
+
+    scale_shift: the embedding does not add to what is normed but scales and shifts the norm's result, (1 + scale) norm(h) + shift
+        (Dhariwal & Nichol 2021, https://arxiv.org/abs/2105.05233, section 4.3): so it can multiply what a position knows.
+    """
 
     channels: int
     dropout: float = 0.0
     epsilon: float = 1e-6
     norm_groups: int | None = None
+    scale_shift: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -82,16 +87,22 @@ class ResidualBlock(nn.Module):
         dtypes = (self.dtype, self.param_dtype)
         h = group_norm(x.shape[-1], self.epsilon, *dtypes, name="norm1", groups=self.norm_groups)(x)
         h = conv3x3(self.channels, *dtypes, name="conv1")(nn.swish(h))
-        if embedding is not None:
+        norm2 = group_norm(self.channels, self.epsilon, *dtypes, name="norm2", groups=self.norm_groups)
+        if embedding is None:
+            h = norm2(h)
+        else:
             projection = nn.Dense(
-                self.channels,
+                self.channels * (1 + self.scale_shift),
                 kernel_init=default_init,
                 dtype=self.dtype,
                 param_dtype=self.param_dtype,
                 name="embedding_projection",
-            )(nn.swish(embedding))
-            h += projection[:, None, None, :]
-        h = group_norm(self.channels, self.epsilon, *dtypes, name="norm2", groups=self.norm_groups)(h)
+            )(nn.swish(embedding))[:, None, None, :]
+            if self.scale_shift:
+                scale, shift = jnp.split(projection, 2, axis=-1)
+                h = (1 + scale) * norm2(h) + shift
+            else:
+                h = norm2(h + projection)
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(h))
         h = conv3x3(self.channels, *dtypes, name="conv2", kernel_init=zero_init)(h)
         if x.shape[-1] != self.channels:

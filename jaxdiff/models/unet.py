@@ -31,6 +31,7 @@ class UNetBlock(nn.Module):
     dropout: float
     epsilon: float
     norm_groups: int | None
+    scale_shift_norm: bool
     attention_implementation: AttentionImplementation
     dtype: DTypeLike
     param_dtype: DTypeLike
@@ -45,7 +46,15 @@ class UNetBlock(nn.Module):
     ) -> Float[Array, "b h w d"]:
         """With a context the attention is latent diffusion's transformer, without it DDPM's attention block."""
         dtypes: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        residual = ResidualBlock(self.channels, self.dropout, self.epsilon, self.norm_groups, name="residual", **dtypes)
+        residual = ResidualBlock(
+            self.channels,
+            self.dropout,
+            self.epsilon,
+            self.norm_groups,
+            self.scale_shift_norm,
+            name="residual",
+            **dtypes,
+        )
         x = residual(x, embedding, train=train)
         if not self.attention:
             return x
@@ -73,6 +82,7 @@ class UNet(nn.Module):
     context_dim: channels of the text context; None for a model without text.
     pooled_context: every residual block is told the mean of the context too, by the side of the time.
     position_embedding: every position is told where it is at the door. Zero padding tells it too, but slowly.
+    scale_shift_norm: in the residual blocks the embedding scales and shifts what is normed instead of adding to it before.
     patch_size: each p x p patch of pixels is one position with p * p as many channels inside the network.
     norm_groups: groups of every GroupNorm; None for 32, or fewer where channels are few.
     norm_epsilon, frequency_shift, cosine_first: of the GroupNorms outside attention and of the time embedding. DDPM has
@@ -95,6 +105,7 @@ class UNet(nn.Module):
     pooled_context: bool = False
     position_embedding: bool = False
     patch_size: int = 1
+    scale_shift_norm: bool = False
     norm_groups: int | None = None
     norm_epsilon: float = 1e-6
     frequency_shift: float = 1.0
@@ -165,6 +176,7 @@ class UNet(nn.Module):
             dropout=self.dropout,
             epsilon=self.norm_epsilon,
             norm_groups=self.norm_groups,
+            scale_shift_norm=self.scale_shift_norm,
             attention_implementation=self.attention_implementation,
             dtype=self.dtype,
             param_dtype=self.param_dtype,

@@ -72,6 +72,7 @@ def make_model(config: Config, channels: int, context_dim: int | None) -> UNet:
         num_classes=max(model.num_classes, 0),
         context_dim=context_dim,
         pooled_context=config.text.pooled,
+        scale_shift_norm=model.scale_shift_norm,
         position_embedding=model.position_embedding,
         patch_size=model.patch_size,
         dtype=jnp.dtype(model.dtype),

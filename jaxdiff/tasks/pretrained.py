@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from jaxdiff.config import Config, ConfigError
-from jaxdiff.files import write_text
+from jaxdiff.files import read_json, write_text
 from jaxdiff.models.unet import UNet
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.first_stage import FirstStage, digest_of
@@ -139,6 +139,7 @@ def resolved(config: Config, pretrained: Pretrained) -> Config:
         attention_resolutions=tuple(-(-side // 2**level) for level in levels),
         num_heads=unet.num_heads if unet.head_dim is None else unet.channels // unet.head_dim,
         patch_size=1,
+        scale_shift_norm=False,
         position_embedding=False,
         num_classes=0,
         pretrained=str(checkpoint.path.absolute()),
@@ -193,7 +194,7 @@ def keep_pretrained(
 
 def _read_kept(path: pathlib.Path) -> dict[str, str]:
     try:
-        kept = json.loads(path.read_text())["sha256"]
+        kept = read_json(path)["sha256"]
         if not isinstance(kept, dict):
             raise ValueError("sha256 must be an object")
     except (OSError, ValueError, KeyError, TypeError) as error:

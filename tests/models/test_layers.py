@@ -117,6 +117,20 @@ def test_residual_block_matches_its_formula():
     np.testing.assert_allclose(jit(block.apply)(variables, x, embedding), expected, atol=3e-5)
 
 
+def test_scale_and_shift_are_those_of_the_norm():
+    """An embedding that always answers (s, b) makes the block that has norm2 with scale * (1 + s) and bias * (1 + s) + b."""
+    block, plain = ResidualBlock(8, scale_shift=True), ResidualBlock(8)
+    x, embedding = jax.random.normal(jax.random.key(0), (2, 4, 4, 8)), jnp.ones((2, 3))
+    params = random_parameters(block, x, embedding)["params"]
+    s, b = jnp.split(params["embedding_projection"]["bias"], 2)
+    params["embedding_projection"]["kernel"] *= 0
+    scale, bias = params["norm2"]["scale"], params["norm2"]["bias"]
+    bare = {name: leaf for name, leaf in params.items() if name != "embedding_projection"}
+    bare["norm2"] = {"scale": scale * (1 + s), "bias": bias * (1 + s) + b}
+    expected = jit(plain.apply)({"params": bare}, x)
+    np.testing.assert_allclose(jit(block.apply)({"params": params}, x, embedding), expected, atol=1e-5)
+
+
 def test_residual_block_starts_as_the_identity():
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 8))
     y, _ = ResidualBlock(8).init_with_output(jax.random.key(1), x)
