@@ -20,7 +20,7 @@ from jaxdiff.data.scenes import (
     parse_caption,
     prompts,
 )
-from jaxdiff.data.shapes import GROUND, LENGTHS, coverage, draw
+from jaxdiff.data.shapes import GROUND, LENGTHS, RADII, coverage, draw
 from jaxdiff.data.sources import open_source
 
 
@@ -104,7 +104,7 @@ def test_things_lie_where_their_place_says(place):
     assert np.rint((np.array([x.mean(), y.mean()]) - 31.5) / 16).tolist() == list(PLACES[place])
 
 
-def test_large_is_larger_than_small_and_both_lie_within_the_picture():
+def test_sizes_are_the_radii_and_both_lie_within_the_picture():
     for shape in SHAPES:
         areas = {}
         for size in ("small", "large"):
@@ -113,8 +113,8 @@ def test_large_is_larger_than_small_and_both_lie_within_the_picture():
                     image = draw(Scene((Thing("blue", shape, size, place),)), 64, np.full((1, 2), jitter))
                     edges = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
                     assert (edges == GROUND).all()
-                    areas[size] = (image[..., 0] < 84).sum()
-        assert areas["large"] > 1.8 * areas["small"]
+                    areas[size] = (GROUND - image[..., 0].astype(float)).sum()
+        assert areas["large"] / areas["small"] == pytest.approx((RADII["large"] / RADII["small"]) ** 2, rel=0.03), shape
 
 
 def test_two_things_never_touch():
