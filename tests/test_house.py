@@ -9,11 +9,12 @@ ROOT = pathlib.Path(jaxdiff.__file__).parent
 
 # Room -> the rooms it may import. Rooms of the lowest floor do not import each other; files.py, config.py
 # and progress.py stand below all.
-GROUND = {"config", "files", "progress"}
+GROUND = {"config", "files", "host_memory", "progress"}
 LOWEST = {"diffusion", "models", "data", "weights"}
 ALLOWED = {
     "config": set(),
     "files": set(),
+    "host_memory": set(),
     "progress": set(),
     "diffusion": GROUND,
     "models": GROUND,

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.config import OptimizerConfig
 from jaxdiff.losses import adaptive_weight
+from jaxdiff.training.sharding import whole
 from jaxdiff.training.state import Batch, Metrics, Params
 from jaxdiff.training.step import moving_average
 
@@ -74,17 +75,17 @@ def make_adversarial_update(
     ) -> tuple[AdversarialState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
         (x_hat, regulariser), pull_back, (x, metrics) = jax.vjp(
-            lambda params: objective.reconstruct(params, batch, step_key), state.params, has_aux=True
+            lambda params: objective.reconstruct(params, batch, step_key), whole(state.params), has_aux=True
         )
         difference = jax.value_and_grad(objective.reconstruction, argnums=2, has_aux=True)
-        (loss, more), towards_original = difference(frozen, x, x_hat)
+        (loss, more), towards_original = difference(whole(frozen), x, x_hat)
         metrics |= more
         direction, loss = towards_original, loss + regulariser
         players = (state.discriminator_params, state.discriminator_opt_state)
         finite = jnp.isfinite(loss)
         if objective.generator is not None:
             begun = state.step >= objective.start
-            adversarial, towards_real = _judged(objective.generator, players[0], x_hat, begun)
+            adversarial, towards_real = _judged(objective.generator, whole(players[0]), x_hat, begun)
 
             def at_last_kernel(direction: Images) -> Array:
                 gradient = pull_back((direction, jnp.zeros_like(regulariser)))[0]  # all but one leaf is never computed
@@ -127,7 +128,7 @@ def _improve(
 
     def step() -> tuple[Any, Metrics]:
         params, opt_state = players
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, x, x_hat)
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(whole(params), x, x_hat)
         updates, opt_state = optimizer.update(average(gradient), opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), {"discriminator_loss": value, **metrics}
 

@@ -15,6 +15,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxdiff.config import OptimizerConfig
+from jaxdiff.training.sharding import whole
 from jaxdiff.training.state import Batch, Metrics, Params
 from jaxdiff.training.step import moving_average
 
@@ -61,10 +62,10 @@ def create_gan_state(
     discriminator_optimizer: optax.GradientTransformation,
 ) -> GANState:
     """The state before the first update; the moving average begins as the generator itself."""
-    zero = jnp.zeros((), jnp.int32)
+    zeros = (jnp.zeros((), jnp.int32) for _ in range(3))  # an array each: what two leaves share could not be donated
     average = jax.tree.map(lambda p: jnp.array(p, dtype=jnp.float32), params)
     moments = optimizer.init(params), discriminator_optimizer.init(discriminator_params)
-    return GANState(zero, params, average, moments[0], discriminator_params, moments[1], zero, zero)
+    return GANState(next(zeros), params, average, moments[0], discriminator_params, moments[1], *zeros)
 
 
 def make_gan_update(
@@ -93,7 +94,9 @@ def make_gan_update(
         def move(
             loss: Any, optimizer: optax.GradientTransformation, params: Params, other: Params, opt_state: Any, key: Any
         ) -> tuple[Params, Any, Scalar, Scalar, Metrics]:
-            (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, other, batch, key, alpha)
+            (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
+                whole(params), whole(other), batch, key, alpha
+            )
             value, metrics, gradient = average((value, metrics, gradient))
             norm = optax.tree.norm(gradient)
             moments = _select(fresh, optimizer.init(params), map_params(game.active, opt_state))

@@ -10,13 +10,19 @@ from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
 from jaxdiff.files import replacing, save_gif, save_png, write_text
+from jaxdiff.training.processes import agreed, is_first
 
 
 class MetricsLog:
-    """Scalars and pictures of one run. What an interrupted run logged beyond `start_step` is dropped: it will be made again."""
+    """Scalars and pictures of one run. What an interrupted run logged beyond `start_step` is dropped: it will be made again.
+
+    Of several processes the first one writes.
+    """
 
     def __init__(self, workdir: pathlib.Path, start_step: int):
-        self.workdir = workdir
+        self.workdir, self._writes = workdir, is_first()
+        if not self._writes:
+            return
         self._path = workdir / "metrics.jsonl"
         if self._path.exists():
             kept = [record for record in read_metrics(self._path) if record["step"] <= start_step]
@@ -26,13 +32,17 @@ class MetricsLog:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """One line of metrics.jsonl, and the same to TensorBoard."""
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._tensorboard.add_scalar(re.sub(r"[^\w./-]+", "_", name).strip("_"), value, step)  # its tags are words
 
-    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "... h w c"]) -> pathlib.Path:
+    def picture(self, step: int, name: str, image: UInt8[np.ndarray, "... h w c"]) -> pathlib.Path | None:
         """A PNG `<name>/step_<step>.png`, and the same to TensorBoard; of several images a GIF, to TensorBoard all in a row."""
+        if not self._writes:
+            return None
         path = self.workdir / name / _picture_name(step)
         if image.ndim == 4:
             path = path.with_suffix(".gif")
@@ -45,13 +55,14 @@ class MetricsLog:
         return path
 
     def has_picture(self, step: int) -> bool:
-        """Whether there are pictures of this step, perhaps from before an interruption."""
-        return any(self.workdir.glob(f"*/{_picture_name(step)}"))
+        """Whether there are pictures of this step, perhaps from before an interruption; every process must ask."""
+        return agreed(any(self.workdir.glob(f"*/{_picture_name(step)}")))
 
     def close(self) -> None:
         """Flush everything to disk."""
-        self._file.close()
-        self._tensorboard.close()
+        if self._writes:
+            self._file.close()
+            self._tensorboard.close()
 
 
 def _picture_name(step: int) -> str:
@@ -73,6 +84,8 @@ def save_curve(workdir: pathlib.Path, names: list[str]) -> pathlib.Path | None:
     """A PNG `curves.png` of the named metrics over the steps, one panel each; None while there is nothing to draw."""
     from matplotlib.figure import Figure
 
+    if not is_first():
+        return None
     records = read_metrics(workdir / "metrics.jsonl")
     drawn = [name for name in names if sum(name in record for record in records) > 1]
     if not drawn:

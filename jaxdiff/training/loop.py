@@ -6,24 +6,26 @@ import functools
 import pathlib
 import signal
 import sys
-import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Key, UInt8
 
 from jaxdiff.config import Config, TrainingConfig
 from jaxdiff.progress import progress_bar
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
-from jaxdiff.training.log import MetricsLog, save_curve
+from jaxdiff.training.log import MetricsLog, read_metrics, save_curve
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
+from jaxdiff.training.processes import is_first, noticing_a_loss
 from jaxdiff.training.sharding import Runner, make_runner, state_shardings
 from jaxdiff.training.stages import Programs, Stage, stage_at
 from jaxdiff.training.state import Params, create_state
 from jaxdiff.training.step import Loss, Update, make_update
+from jaxdiff.training.watching import Trace, Watch, flops_of
 
 Pictures = Callable[[Any], dict[str, UInt8[np.ndarray, "... h w c"]]]
 
@@ -42,6 +44,7 @@ class Trainable:
     changes, update's fourth argument where there are some; no checkpoint holds them. `publish(state, workdir)` is called when the
     run has come to its end and is saved. `stages`: where not all steps are taken by one program, in order, the first from step 0;
     then it is `make_update(axis_name, number)`, and batches have the stages' sizes. The state's shapes are those of all stages.
+    `plain(number)`: the update of a stage on one device with nothing recomputed or accumulated, whose operations are counted.
     `begin(shardings)` makes the first state where it will live if `init`, of the same shapes, is not what a run begins with.
     """
 
@@ -55,6 +58,7 @@ class Trainable:
     publish: Callable[[Any, pathlib.Path], None] | None = None
     stages: tuple[Stage, ...] = ()
     begin: Callable[[Any], Any] | None = None
+    plain: Callable[..., Callable[..., Any]] | None = None
 
 
 def minimise(
@@ -102,15 +106,28 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collect SIGINT and SIGTERM in a list instead of dying of the first; a second one acts as usual."""
+def stop_signals() -> Iterator[Callable[[int], signal.Signals | None]]:
+    """Give stop(step), to be asked after every step: the signal (SIGINT, SIGTERM) for which to stop there, else None.
+
+    A second signal acts as usual. Where a run has several processes, one of them may get it alone: JAX's preemption service,
+    which listens to SIGTERM itself, tells the others and finds the next step that all of them will come to.
+    """
     received: list[signal.Signals] = []
-    old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    several = jax.process_count() > 1
+    kinds = (signal.SIGINT,) if several else (signal.SIGINT, signal.SIGTERM)
+    old = {s: signal.getsignal(s) or signal.SIG_DFL for s in kinds}
 
     def note(number: int, _frame: Any) -> None:
         received.append(signal.Signals(number))
         signal.signal(number, old[signal.Signals(number)])
         print(f"\n{received[-1].name}: stopping after this step", file=sys.stderr)
+        if several:
+            signal.raise_signal(signal.SIGTERM)
+
+    def stop(step: int) -> signal.Signals | None:
+        if several and not multihost_utils.reached_preemption_sync_point(step):
+            return None
+        return received[0] if received else signal.SIGTERM if several else None
 
     try:
         for s in old:
@@ -118,7 +135,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
     except ValueError:  # not in the main thread (a notebook's worker): signals are someone else's business
         old = {}
     try:
-        yield received
+        yield stop
     finally:
         for s, handler in old.items():
             signal.signal(s, handler)
@@ -132,10 +149,12 @@ def train(
     mode: str,
     seed: int,
     workdir: pathlib.Path,
+    profile: bool = False,
 ) -> Outcome:
     """Train until `config.num_steps` or a signal, going on from the newest checkpoint in `workdir`.
 
-    `batches(start)` generates this process's share of batches start, start + 1, ... Raises NonFiniteLossError.
+    `batches(start)` generates this process's share of batches start, start + 1, ... `profile`: write a trace of a few steps.
+    Raises NonFiniteLossError.
     """
     init_key, run_key = jax.random.split(jax.random.key(seed))
     shapes = jax.eval_shape(task.init, init_key)
@@ -151,35 +170,51 @@ def train(
     restored = checkpoints.restore_latest(target)
     if restored is None:
         start = 0
+        if is_first() and (workdir / "metrics.jsonl").exists() and read_metrics(workdir / "metrics.jsonl"):
+            print(f"note: {workdir} holds no checkpoint: the run begins again from step 0", file=sys.stderr)
         state = task.begin(shardings) if task.begin else init_sharded(task.init, init_key, shardings)
     else:
         start, state = restored
         print(f"going on from step {start}", flush=True)
     log = MetricsLog(workdir, start)
-    run = _Run(task, config, log, checkpoints, start)
+    run = _Run(task, config, log, checkpoints, start, Watch(list(mesh.devices.flat)))
+    trace = Trace(workdir / "profile", start, config.num_steps) if profile else None
     programs = Programs(stages, runner_of, batches, target, run_key)
     stopped = None
     try:
-        with stop_signals() as received, contextlib.closing(batches(start)) as source:
+        with noticing_a_loss(), stop_signals() as stop, contextlib.closing(batches(start)) as source:
             for step in range(start, config.num_steps):
-                run.enter(stages[stage_at(stages, step)])
+                number = stage_at(stages, step)
+                entered = run.enter(stages[number])
                 try:
-                    batch = next(source)
+                    with run.watch.waiting():
+                        batch = next(source)
                     runner = programs.at(step)
                 except Exception:  # unreadable data, say: what was learnt so far is not lost
-                    run.save(state)
+                    if jax.process_count() == 1:  # saving takes all processes, and the others may have read theirs
+                        run.save(state)
                     raise
-                state, metrics = runner.step(state, runner.put_batch(batch), run_key, *runner.frozen)
+                if entered:
+                    run.count_operations(number, shapes, batch, run_key)
+                with trace.around(step) if trace else contextlib.nullcontext():
+                    state, metrics = runner.step(state, runner.put_batch(batch), run_key, *runner.frozen)
+                if trace and step == trace.last:
+                    jax.block_until_ready(metrics)
+                    with run.watch.paused():
+                        trace.close()
                 run.after_step(step + 1, state, metrics)
-                if received:
-                    stopped = received[0]
+                if stopped := stop(step + 1):
                     break
-        run.finish(state)
+            run.save(state)
+            checkpoints.wait()  # before another signal would act as usual
+        with noticing_a_loss():
+            run.finish(state)
     finally:
-        run.bar.close()
-        log.close()
-        checkpoints.close()
-        programs.close()
+        with contextlib.ExitStack() as closing:  # from the last to the first, whichever of them fails
+            for close in (programs.close, checkpoints.close, log.close, run.bar.close):
+                closing.callback(close)
+            if trace:
+                closing.callback(trace.close)
     return Outcome(run.step, state, stopped)
 
 
@@ -192,23 +227,43 @@ def init_sharded(init: Callable[[Any], Any], key: Any, shardings: Any) -> Any:
 class _Run:
     """The bookkeeping around the steps of one run."""
 
-    def __init__(self, task: Trainable, config: TrainingConfig, log: MetricsLog, checkpoints: Checkpoints, start: int):
-        self.task, self.config, self.log, self.checkpoints = task, config, log, checkpoints
+    def __init__(
+        self,
+        task: Trainable,
+        config: TrainingConfig,
+        log: MetricsLog,
+        checkpoints: Checkpoints,
+        start: int,
+        watch: Watch,
+    ):
+        self.task, self.config, self.log, self.checkpoints, self.watch = task, config, log, checkpoints, watch
         self.step = self.saved = self.start = start
         self.scored: set[str] = set()  # names of scores
         self.bar = progress_bar(start, config.num_steps, "training")
         self._pending: list[Any] = []  # metrics still on the device: reading them at every step would stall it
-        self._since = time.perf_counter()
         self.stage: Stage | None = None
         self._compiling = False
 
-    def enter(self, stage: Stage) -> None:
-        """Say so where the next step is a stage's first; numbers of different stages are not mixed."""
+    def enter(self, stage: Stage) -> bool:
+        """Whether the next step is a stage's first; says so. Numbers of different stages are not mixed."""
         if stage is self.stage:
-            return
+            return False
         self.flush(self.step)
-        self.stage, self._compiling, self._since = stage, True, time.perf_counter()
+        self.stage, self._compiling = stage, True
+        self.watch.restart()
         self.bar.set_postfix_str(f"compiling the first step{f' of {stage.name}' if stage.name else ''}")
+        return True
+
+    def count_operations(self, number: int, state: Any, batch: dict[str, np.ndarray], key: Any) -> None:
+        """Of a step of stage `number`, where it is known how many the devices could do; `batch`: this process's share of one."""
+        if self.task.plain is None or not self.watch.knows_peak:
+            return
+        assert self.stage is not None
+        size = self.stage.batch_size
+        shapes = {name: jax.ShapeDtypeStruct((size, *value.shape[1:]), value.dtype) for name, value in batch.items()}
+        frozen = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.task.frozen)
+        extra = () if frozen is None else (frozen,)
+        self.watch.flops = flops_of(self.task.plain(number), state, shapes, key, *extra)
 
     def after_step(self, step: int, state: Any, metrics: dict[str, Any]) -> None:
         """Log, draw and save whatever is due after `step` updates."""
@@ -217,10 +272,14 @@ class _Run:
         self.bar.update()
         if self._compiling:
             jax.block_until_ready(metrics)
-            self.bar.set_postfix_str(f"first step after {time.perf_counter() - self._since:.1f} s")
-            self._since, self._compiling = time.perf_counter(), False
+            self.bar.set_postfix_str(f"first step after {self.watch.seconds:.1f} s")
+            self.watch.restart()
+            self._compiling = False
+        else:
+            self.watch.stepped()
         if step % config.log_every == 0:
             self.flush(step)
+            self.checkpoints.check()
         if config.sample_every and step % config.sample_every == 0 and step < config.num_steps:
             self.draw(state)
         if step % config.checkpoint_every == 0:
@@ -240,38 +299,39 @@ class _Run:
                     f"step {offset}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; the last good "
                     f"checkpoint is that of step {self.saved} (try a smaller learning rate, or float32)"
                 )
-        now = time.perf_counter()
-        seconds, self._since = now - self._since, now
         assert self.stage is not None
         columns = {name: np.array([m[name] for m in history], np.float64) for name in history[0] if name != "finite"}
         # A task may forgive a step that is not finite (`finite` was true): then the others say how it goes.
         finite = {name: column[np.isfinite(column)] for name, column in columns.items()}
         values = {name: float(column.mean()) for name, column in finite.items() if len(column)}
-        values["steps_per_second"] = len(history) / seconds
-        values["images_per_second"] = values["steps_per_second"] * self.stage.batch_size
+        values |= self.watch.report(self.stage.batch_size)
         self.log.scalars(step, values)
         where = f"{self.stage.name}, " if self.stage.name else ""
-        loss = values.get("loss", np.nan)
-        self.bar.set_postfix_str(f"{where}loss {loss:.4f}, {values['images_per_second']:.0f} images/s")
+        pace = f", {values['images_per_second']:.0f} images/s" if "images_per_second" in values else ""
+        self.bar.set_postfix_str(f"{where}loss {values.get('loss', np.nan):.4f}{pace}")
 
     def draw(self, state: Any) -> None:
         """Make the task's pictures; the time they take is not counted as training time."""
         self.flush(self.step)
-        started = time.perf_counter()
-        for name, image in self.task.pictures(state).items():
-            self.log.picture(self.step, name, image)
-        self._since += time.perf_counter() - started
+        with self.watch.paused():
+            for name, image in self.task.pictures(state).items():
+                self.log.picture(self.step, name, image)
 
     def score(self, state: Any) -> None:
         """Log the task's scores; the time they take is not counted as training time."""
         assert self.task.scores is not None
         self.flush(self.step)
-        started = time.perf_counter()
+        with self.watch.paused():
+            self._score(state)
+
+    def _score(self, state: Any) -> None:
+        assert self.task.scores is not None
         scores = self.task.scores(state)
+        if not scores:  # there may be nothing to say yet
+            return
         self.log.scalars(self.step, scores)
         self.scored |= set(scores)
         self.bar.write(f"step {self.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-        self._since += time.perf_counter() - started
 
     def save(self, state: Any) -> None:
         """Save a checkpoint, once the loss of every step up to it is known to be finite."""

@@ -5,6 +5,7 @@ Rajbhandari et al. 2020), or are copied to every device where fsdp = 1.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +17,22 @@ from jax.sharding import PartitionSpec as P
 from jaxdiff.config import ConfigError, ShardingConfig
 
 BATCH_AXES = ("data", "fsdp")
+ACTIVATIONS = 0.25  # of a device's memory, where it has to be guessed
 
 
 def make_mesh(config: ShardingConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """All devices (or those given) as a mesh [data, fsdp]. Raises ConfigError where fsdp does not divide their number."""
-    devices = devices or jax.devices()
-    if len(devices) % config.fsdp:
+    """All devices (or those given) as a mesh [data, fsdp]; fsdp = 0 counts as 1 as long as nobody knows what fits.
+
+    Raises ConfigError where fsdp does not divide their number.
+    """
+    if config.mode == "pmap" and devices is None and jax.process_count() > 1:
+        raise ConfigError("config.sharding.mode = 'pmap' is for one process: of several processes take 'jit'")
+    devices, fsdp = devices or jax.devices(), config.fsdp or 1
+    if len(devices) % fsdp:
         raise ConfigError(f"config.sharding.fsdp = {config.fsdp} must divide the number of devices, {len(devices)}")
     if config.mode == "pmap" and config.fsdp > 1:
         raise ConfigError("config.sharding.mode = 'pmap' copies the parameters: it needs config.sharding.fsdp = 1")
-    shape = (len(devices) // config.fsdp, config.fsdp)
+    shape = (len(devices) // fsdp, fsdp)
     return Mesh(np.array(devices).reshape(shape), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
@@ -51,16 +58,50 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def fsdp_shardings(shapes: Any, mesh: Mesh, min_size: int = 4096) -> Any:
     """A sharding for each leaf: its largest dimension divisible by the `fsdp` axis is split, small leaves are copied."""
-    size = mesh.shape["fsdp"]
 
     def rule(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        divisible = [axis for axis, n in enumerate(leaf.shape) if n % size == 0]
-        if size == 1 or not divisible or np.prod(leaf.shape) < min_size:
-            return replicated(mesh)
-        axis = max(divisible, key=lambda a: leaf.shape[a])
-        return NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
+        axis = _split_axis(leaf.shape, mesh.shape["fsdp"], min_size)
+        return replicated(mesh) if axis is None else NamedSharding(mesh, P(*(None,) * axis, "fsdp"))
 
     return jax.tree.map(rule, shapes)
+
+
+def _split_axis(shape: tuple[int, ...], fsdp: int, min_size: int) -> int | None:
+    """Which dimension of an array is split; None: it is copied."""
+    divisible = [axis for axis, n in enumerate(shape) if n % fsdp == 0]
+    if fsdp == 1 or not divisible or math.prod(shape) < min_size:
+        return None
+    return max(divisible, key=lambda axis: shape[axis])
+
+
+def bytes_a_device(shapes: Any, fsdp: int, min_size: int = 4096) -> int:
+    """Of arrays split as `fsdp_shardings` says: what a device holds."""
+
+    def share(leaf: Any) -> int:
+        parts = 1 if _split_axis(leaf.shape, fsdp, min_size) is None else fsdp
+        return math.prod(leaf.shape) * leaf.dtype.itemsize // parts
+
+    return sum(map(share, jax.tree.leaves(shapes)))
+
+
+def fewest_that_fit(kept: Any, used: Any, num_devices: int, room: int | None) -> int:
+    """The smallest fsdp with which training fits into a device's `room` (bytes; None: not known, so 1).
+
+    kept: all arrays that last from step to step, split; used: those of them that a step needs whole, and makes gradients of.
+    A quarter of the room is left to activations, which nobody knows before compiling. Raises ConfigError if nothing fits.
+    """
+    if room is None:
+        return 1
+    passing, sizes = 2 * bytes_a_device(used, 1), [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    needed = {n: bytes_a_device(kept, n) + (passing if n > 1 else passing // 2) for n in sizes}
+    for fsdp, size in needed.items():
+        if size <= room * (1 - ACTIVATIONS):
+            return fsdp
+    raise ConfigError(
+        f"config.sharding.fsdp = 0: parameters, gradients and optimiser state take {needed[num_devices] / 2**30:.2f} GiB on each "
+        f"device even if split over all {num_devices}, and of the {room / 2**30:.2f} GiB that it has {ACTIVATIONS:.0%} are for "
+        "activations: take more devices, a smaller model, or say an fsdp to try it nevertheless"
+    )
 
 
 def state_shardings(shapes: Any, mesh: Mesh, mode: str) -> Any:
@@ -68,6 +109,18 @@ def state_shardings(shapes: Any, mesh: Mesh, mode: str) -> Any:
     if mode == "jit":
         return fsdp_shardings(shapes, mesh)
     return jax.tree.map(lambda _: replicated(mesh), shapes)
+
+
+def whole(params: Any) -> Any:
+    """Parameters with every split one gathered on each device, for as long as they are used; does nothing where none is split.
+
+    Said of what a step differentiates, it makes the parameters travel, never the activations, each once a step; else the
+    compiler moves whichever is smaller, wherever a product of matrices meets a split one.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape.get("fsdp", 1) == 1:
+        return params
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), params)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +133,12 @@ class Runner:
     frozen: tuple[Any, ...] = ()  # what no step changes, on the devices
 
 
+def _bring(leaf: Any, where: NamedSharding) -> Any:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    return jax.device_put(leaf, where)
+
+
 def make_runner(
     make_update: Callable[[str | None], Callable[..., Any]],
     state_shapes: Any,
@@ -90,15 +149,20 @@ def make_runner(
     """Run `make_update(axis_name)` on the mesh: mode "jit" (global arrays, donated state) or "pmap" (a literal `jax.pmap`).
 
     frozen: arrays that no step changes, brought to the devices once, split as the state is; the update's fourth argument where
-    there are some.
+    there are some. Their shapes will do for compiling ahead of time.
     """
     where = () if frozen is None else (state_shardings(frozen, mesh, mode),)
-    extra = () if frozen is None else (jax.device_put(frozen, *where),)
+    extra = () if frozen is None else (jax.tree.map(_bring, frozen, *where),)
     shardings = state_shardings(state_shapes, mesh, mode)
     if mode == "jit":
-        sharding = batch_sharding(mesh)
+        sharding, of_mesh = batch_sharding(mesh), make_update(None)
+
+        def update(*args: Any) -> Any:
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for `whole`
+                return of_mesh(*args)
+
         step = jax.jit(
-            make_update(None),
+            update,
             in_shardings=(shardings, sharding, replicated(mesh), *where),
             out_shardings=(shardings, replicated(mesh)),
             donate_argnums=0,

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Key
 
+from jaxdiff.training.processes import meet
 from jaxdiff.training.sharding import Runner
 
 
@@ -54,8 +55,14 @@ class Programs:
         """What takes step `step`; waits where that is still being compiled. Steps come one after the other."""
         number = stage_at(self.stages, step)
         if self._runner is None or self._number != number:
-            self._runner = self._make_runner(number) if self._next is None else self._next.result()
+            if self._next is not None:
+                self._runner = self._next.result()
+            elif jax.process_count() > 1:
+                self._runner = self._compile(number)
+            else:
+                self._runner = self._make_runner(number)  # compiles with its first step
             self._number, self._next = number, None
+            meet(f"program {number} is compiled")
         elif self._next is None and number + 1 < len(self.stages):  # now that the first step is compiled
             self._next = self._compiler.submit(self._compile, number + 1)
         return self._runner

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.config import OptimizerConfig
+from jaxdiff.training.sharding import whole
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 
 Loss = Callable[..., tuple[Float[Array, ""], Metrics]]  # of (params, batch, key), then what is frozen, if anything is
@@ -71,10 +72,10 @@ def make_update(
 
     def update(state: TrainState, batch: Batch, key: Key[Array, ""], *frozen: Any) -> tuple[TrainState, Metrics]:
         def of_trained(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
-            return loss(params, batch, key, *frozen)
+            return loss(params, batch, key, *whole(frozen))
 
         step_key = jax.random.fold_in(key, state.step)
-        gradient, metrics = accumulated_gradient(of_trained, state.params, batch, step_key, accumulation_steps)
+        gradient, metrics = accumulated_gradient(of_trained, whole(state.params), batch, step_key, accumulation_steps)
         if axis_name is not None:
             gradient, metrics = jax.lax.pmean((gradient, metrics), axis_name)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

@@ -1,5 +1,9 @@
 """Checkpoints come back bit by bit, onto any mesh; damaged ones are passed over, never deleted, never hidden."""
 
+import contextlib
+import dataclasses
+import gc
+import resource
 import shutil
 
 import jax
@@ -9,7 +13,7 @@ import optax
 import pytest
 
 from jaxdiff.config import ShardingConfig
-from jaxdiff.training.checkpoints import CheckpointError, Checkpoints, abstract_state
+from jaxdiff.training.checkpoints import CheckpointError, Checkpoints, SaveError, abstract_state
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh
 from jaxdiff.training.state import create_state
 
@@ -57,36 +61,107 @@ def test_one_item_is_read_alone(saved):
     assert_equal(items["ema_params"], example_state(3).ema_params)
 
 
-def damage(folder, how):
-    """Damage every data file of the items of one checkpoint."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+def files_of(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in files_of(folder)}
+
+
+def damage(path, how):
+    """Damage a file in one of four ways."""
+    whole = path.read_bytes()
     if how == "removed":
-        shutil.rmtree(folder / "params")
-    elif how == "emptied":
-        for path in files:
-            path.write_bytes(b"")
+        path.unlink()
+    elif how == "bit-flipped":
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
     else:
-        for path in files:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        path.write_bytes(whole[: len(whole) // 2] if how == "truncated" else b"")
 
 
-@pytest.mark.parametrize("how", ["truncated", "emptied", "removed"])
+HOWS = ("truncated", "emptied", "bit-flipped", "removed")
+
+
+@pytest.mark.parametrize("how", HOWS)
 def test_a_damaged_checkpoint_is_moved_aside_and_the_one_before_is_used(saved, how, capsys):
-    damage(saved / "3", how)
+    for path in files_of(saved / "3" / "params"):
+        damage(path, how)
+    left = contents(saved / "3")
     checkpoints = Checkpoints(saved, keep=2)
     step, state = checkpoints.restore_latest(target(make_mesh(ShardingConfig())))
     assert step == 2
     assert_equal(state, example_state(2))
-    assert "cannot be read" in capsys.readouterr().err
-    assert (saved.parent / "damaged_checkpoints" / "3.0").is_dir()
+    (line,) = capsys.readouterr().err.splitlines()
+    aside = saved.parent / "damaged_checkpoints" / "3.0"
+    assert line.startswith(f"checkpoint {saved / '3'} cannot be read (params/") and str(aside) in line
+    assert line.endswith("that of step 2 is used")
+    assert contents(aside) == left
     checkpoints.save(3, example_state(7))  # the place of the damaged step is free again
     checkpoints.close()
     assert_equal(Checkpoints(saved, keep=2).restore_latest(target(make_mesh(ShardingConfig())))[1], example_state(7))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Small:
+    """A state of two arrays: few files."""
+
+    step: jax.Array
+    params: jax.Array
+
+
+def small_state(seed):
+    return Small(jnp.asarray(seed), jax.random.normal(jax.random.key(seed), (100,)))
+
+
+# Orbax's notes about a checkpoint: the state does not depend on them. Without checksums nothing else is wrong.
+HARMLESS = {"_CHECKPOINT_METADATA": HOWS, "commit_success.txt": HOWS, "checksums.json": ("removed",)}
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_whichever_file_is_damaged_nothing_wrong_is_read(tmp_path, how, capsys):
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (2, 3):
+        checkpoints.save(step, small_state(step))
+    checkpoints.close()
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), small_state(0))
+    files = files_of(folder / "3")
+    assert len(files) > 15
+    for path in files:
+        whole, name = path.read_bytes(), path.relative_to(folder / "3").as_posix()
+        damage(path, how)
+        reader = Checkpoints(folder)
+        step, state = reader.restore_latest(shapes)
+        told = capsys.readouterr().err
+        assert_equal(state, small_state(step))
+        if how in HARMLESS.get(name, ()):
+            assert step == 3 and not told, name
+        else:
+            assert step == 2 and told.count("\n") == 1, (name, told)
+            assert name in told or name == "checksums.json", (name, told)  # of a wrong sum nobody can tell
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"], "who only reads moves nothing"
+        path.write_bytes(whole)
+    assert Checkpoints(folder).restore_latest(shapes)[0] == 3
+
+
 def test_a_run_never_starts_afresh_over_unreadable_checkpoints(saved):
-    damage(saved / "2", "truncated")
-    damage(saved / "3", "truncated")
+    for step in ("2", "3"):
+        damage(saved / step / "params" / "manifest.ocdbt", "truncated")
+    before = contents(saved.parent)
+    for _ in range(2):  # nor the second time
+        with pytest.raises(CheckpointError, match="none of the checkpoints .*step 3: params/manifest.ocdbt is damaged"):
+            Checkpoints(saved, keep=2).restore_latest(target(make_mesh(ShardingConfig())))
+    assert contents(saved.parent) == before
+
+
+def test_a_checkpoint_of_which_only_the_name_is_left_is_no_beginning(saved):
+    for step in ("2", "3"):
+        shutil.rmtree(saved / step)
+        (saved / step).mkdir()
     with pytest.raises(CheckpointError, match="none of the checkpoints"):
         Checkpoints(saved, keep=2).restore_latest(target(make_mesh(ShardingConfig())))
 
@@ -95,3 +170,35 @@ def test_no_checkpoint_is_not_an_error_for_training_but_one_for_sampling(tmp_pat
     assert Checkpoints(tmp_path / "checkpoints", keep=1).restore_latest(target(make_mesh(ShardingConfig()))) is None
     with pytest.raises(CheckpointError, match="holds no checkpoint: train first"):
         Checkpoints(tmp_path / "elsewhere").restore_items(ema_params={})
+
+
+@contextlib.contextmanager
+def no_file_above(size):
+    """A disk that is full: no file can grow beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# Files of Orbax and JAX that could not be flushed say so once more when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_save_that_fails_says_so_and_leaves_the_older_ones(saved, capfd):
+    before = contents(saved)
+    checkpoints = Checkpoints(saved, keep=2)
+    with no_file_above(5000):
+        checkpoints.save(4, example_state(4))
+        with pytest.raises(
+            SaveError, match=r"step 4 could not be written to .* \(File too large\); the newest there is .* 3$"
+        ):
+            checkpoints.wait()
+    gc.collect()
+    assert "Traceback" not in capfd.readouterr().err
+    again = Checkpoints(saved, keep=2)
+    assert again.restore_latest(target(make_mesh(ShardingConfig())))[0] == 3
+    assert contents(saved) == before
+    again.save(4, example_state(4))
+    again.close()
+    assert again.steps() == [3, 4]

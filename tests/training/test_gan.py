@@ -71,6 +71,13 @@ def test_only_the_active_part_is_touched():
     assert jax.tree.structure(new) == jax.tree.structure(state)
 
 
+def test_a_new_state_can_be_donated():
+    state = gan.create_gan_state(params(0), params(1), ADAM, ADAM)
+    donating = jax.jit(gan.make_gan_update(game(), ADAM, ADAM, EMA), donate_argnums=0)
+    new, _ = donating(state, batch(), KEY)  # "Attempt to donate the same buffer twice" where leaves share an array
+    assert state.params["now"]["w"].is_deleted() and (int(new.step), int(new.skipped)) == (1, 0)
+
+
 @pytest.mark.parametrize("field", ["opt_state", "discriminator_opt_state"])
 def test_adam_forgets_where_the_game_says_so(field):
     state = start(ADAM)

@@ -6,10 +6,18 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import ConfigError, OptimizerConfig, ShardingConfig
+from jaxdiff.tasks import fitting
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
-from jaxdiff.training.sharding import check_batch, fsdp_shardings, make_mesh, make_runner
+from jaxdiff.training.sharding import (
+    bytes_a_device,
+    check_batch,
+    fewest_that_fit,
+    fsdp_shardings,
+    make_mesh,
+    make_runner,
+)
 from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_update
 from tests.tiny import tiny_batch, tiny_config
@@ -101,6 +109,49 @@ def test_fsdp_splits_the_largest_divisible_dimension():
     shardings = fsdp_shardings(shapes, mesh)
     assert shardings["kernel"].spec == jax.sharding.PartitionSpec(None, None, "fsdp")
     assert shardings["bias"].spec == jax.sharding.PartitionSpec()
+
+
+MB = 2**20
+
+
+def test_as_little_is_split_as_fits():
+    """Four copies of 4 MB last; a step adds the gradient, and where they are split the whole parameters, too."""
+    used = {"w": jax.ShapeDtypeStruct((1024, 1024), np.float32)}
+    kept = [used] * 4
+    rooms = {None: 1, 27 * MB: 1, 26 * MB: 2, 20 * MB: 4, 14 * MB: 8}
+    assert {room: fewest_that_fit(kept, used, 8, room) for room in rooms} == rooms
+    assert fewest_that_fit(kept, used, 2, 26 * MB) == 2
+    with pytest.raises(
+        ConfigError, match=r"take 0.01 GiB on each device even if split over all 8, .* take more devices"
+    ):
+        fewest_that_fit(kept, used, 8, 13 * MB)
+
+
+def test_bytes_a_device_are_those_of_its_shards():
+    task = DiffusionTask(tiny_config(**{"model.channels": 32}))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))
+    for fsdp in (1, 2, 8):
+        shards = jax.tree.map(lambda x, s: np.prod(s.shard_shape(x.shape)) * 4, shapes, shardings_of(shapes, fsdp))
+        assert bytes_a_device(shapes, fsdp) == sum(jax.tree.leaves(shards))
+
+
+def shardings_of(shapes, fsdp):
+    return fsdp_shardings(shapes, make_mesh(ShardingConfig(fsdp=fsdp)))
+
+
+def test_fsdp_0_looks_at_the_memory_that_there_is(monkeypatch):
+    config = tiny_config(**{"sharding.fsdp": 0, "model.channels": 32})
+    mesh, task = make_mesh(config.sharding), DiffusionTask(config)
+    assert mesh.shape["fsdp"] == 1 and fitting.fitting_mesh(config, mesh, task).shape["fsdp"] == 1
+    size = bytes_a_device(jax.eval_shape(task.init, jax.random.key(0)), 1)
+    monkeypatch.setattr(fitting, "device_memory", lambda device, sharing: 6 * size)
+    fitted = fitting.fitting_mesh(config, mesh, task)
+    assert fitted.shape["fsdp"] > 1 and list(fitted.devices.flat) == list(mesh.devices.flat)
+    monkeypatch.setattr(fitting, "device_memory", lambda device, sharing: 2 * size)
+    with pytest.raises(ConfigError, match=r"config.sharding.fsdp = 0: parameters, gradients"):
+        fitting.fitting_mesh(config, mesh, task)
+    said = tiny_config(**{"sharding.fsdp": 2})
+    assert fitting.fitting_mesh(said, make_mesh(said.sharding), task).shape["fsdp"] == 2
 
 
 def test_impossible_meshes_and_batches_are_refused():

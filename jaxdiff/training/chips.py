@@ -1,0 +1,34 @@
+"""What accelerators can do at best, as their makers publish it; nothing here is measured.
+
+Cloud TPU: https://cloud.google.com/tpu/docs/v5e (and v4, v5p, v6e), key specifications; `link` is half of the bidirectional
+inter-chip bandwidth of a chip. NVIDIA: the data sheets of the A100 80GB SXM and H100 SXM, matrix products without sparsity;
+`link` is half of NVLink's bandwidth.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """Peaks of one chip, in operations or bytes a second; a multiplication and an addition count as two operations."""
+
+    name: str
+    kinds: tuple[str, ...]  # what `jax.Device.device_kind` begins with
+    flops: float  # matrix products in bfloat16
+    memory: float  # bytes
+    memory_bandwidth: float
+    link: float  # sent to other chips of the same slice or machine, all links together
+
+
+CHIPS = (
+    Chip("v4", ("TPU v4",), 275e12, 32e9, 1228e9, 300e9),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 819e9, 200e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, 400e9),
+    Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95e9, 2765e9, 600e9),
+    Chip("A100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, 300e9),
+    Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, 450e9),
+)
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a device is; None where it is not listed, such as a CPU."""
+    return next((chip for chip in CHIPS if device_kind.startswith(chip.kinds)), None)
