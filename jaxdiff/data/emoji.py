@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from jaxdiff.data.images import DECODING_ERRORS
 from jaxdiff.files import save_png, write_text
 from jaxdiff.progress import progress_bar
 
@@ -137,7 +136,7 @@ def on_white(png: bytes, size: int) -> np.ndarray:
     """A glyph in the middle of a white square, resized: uint8 [size size 3]."""
     try:
         glyph = Image.open(io.BytesIO(png), formats=("PNG",)).convert("RGBA")
-    except DECODING_ERRORS as error:
+    except Exception as error:  # Pillow's decoders raise every kind on damaged bytes
         raise ValueError(f"a glyph of the font cannot be decoded: {error}") from error
     width, height = glyph.size
     left, top, right, bottom = glyph.getchannel("A").getbbox() or (0, 0, 0, 0)

@@ -1,7 +1,7 @@
 """A folder of images: one subfolder a class, or flat, or described by a `metadata.jsonl` with captions and labels."""
 
 import dataclasses
-import json
+import functools
 import os
 import pathlib
 from typing import Any
@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from jaxdiff.data.images import EXTENSIONS, decode_image, is_grey
+from jaxdiff.data.images import EXTENSIONS, decode_image, is_grey, read_image_file
 from jaxdiff.data.sources import Example, describe_source
 from jaxdiff.data.transforms import convert_channels
+from jaxdiff.files import parse_json
 
 METADATA = "metadata.jsonl"
 SPLIT_NAMES = {"train", "test", "val", "valid", "validation"}
 MAX_LABEL = 65_535
+MAX_LINE = 2**20  # bytes of a line of metadata.jsonl
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         path = self.root / self.files[index]
-        image = convert_channels(decode_image(path.read_bytes(), str(path)), self.channels)
+        image = convert_channels(decode_image(read_image_file(path), str(path)), self.channels)
         example = {"image": image, "label": int(self.labels[index])}
         return example if self.texts is None else example | {"text": self.texts[index]}
 
@@ -108,7 +110,7 @@ def _images_below(root: pathlib.Path, subfolder: str) -> list[str]:
         os.path.relpath(os.path.join(folder, name), root)
         for folder, _, names in os.walk(root / subfolder)
         for name in names
-        if _is_image(name)
+        if _is_image(name) and os.path.isfile(os.path.join(folder, name))  # no pipe, no link to nothing
     )
 
 
@@ -120,9 +122,11 @@ def _read_metadata(root: pathlib.Path) -> tuple[tuple[str, ...], list[int], tupl
     """Files, labels, class names and captions of a folder with metadata.jsonl."""
     entries: list[dict[str, Any]] = []
     with open(root / METADATA, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(functools.partial(lines.readline, MAX_LINE + 1), b""), start=1):
             if line.strip():
                 where = f"{root / METADATA} line {number}"
+                if len(line) > MAX_LINE:
+                    raise ValueError(f"{where} is longer than {MAX_LINE:,} bytes")
                 entries.append(_parse_line(line, where, root))
                 for key in ("text", "label"):
                     if type(entries[-1].get(key)) is not type(entries[0].get(key)):
@@ -151,29 +155,29 @@ def _kind(entry: dict[str, Any], key: str) -> str:
 def _parse_line(line: bytes, where: str, root: pathlib.Path) -> dict[str, Any]:
     """One checked line of metadata.jsonl, reduced to file_name, text and label (absent rather than null)."""
     try:
-        entry = json.loads(line)
+        entry = parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
         raise ValueError(f'{where} is not an object with a string "file_name"')
     entry = {key: entry[key] for key in ("file_name", "text", "label") if entry.get(key) is not None}
     if not isinstance(entry.get("text", ""), str):
-        raise ValueError(f"{where}: text must be a string, not {entry['text']!r}")
+        raise ValueError(f"{where}: text must be a string, not {repr(entry['text'])[:80]}")
     label = entry.get("label", 0)
     if isinstance(label, bool) or not isinstance(label, int | str):
-        raise ValueError(f"{where}: label must be a number or a name, not {label!r}")
+        raise ValueError(f"{where}: label must be a number or a name, not {repr(label)[:80]}")
     if isinstance(label, int) and not 0 <= label <= MAX_LABEL:
         raise ValueError(f"{where}: label must be from 0 to {MAX_LABEL}, not {label}")
     name = entry["file_name"]
     parts = pathlib.PureWindowsPath(name)  # knows "/", "\\" and drives: refuse what any system might read as outside
     if parts.anchor or ".." in parts.parts or name.startswith("~") or "\0" in name:
-        raise ValueError(f"{where}: file_name {name!r} leads out of the folder")
+        raise ValueError(f"{where}: file_name {name[:200]!r} leads out of the folder")
     if not (root / name).is_file():
-        raise FileNotFoundError(f"{where}: there is no file {name!r} in {root}")
+        raise FileNotFoundError(f"{where}: there is no file {name[:200]!r} in {root}")
     return entry
 
 
 def _channels(root: pathlib.Path, files: tuple[str, ...]) -> int:
     """1 if a sample of the files is grey throughout, else 3."""
     sample = files[:: max(1, len(files) // 16)]
-    return 1 if all(is_grey((root / file).read_bytes()) for file in sample) else 3
+    return 1 if all(is_grey(root / file) for file in sample) else 3

@@ -14,6 +14,7 @@ from jaxdiff.data.sources import ArraySource
 
 PREFIXES = {"train": "train", "test": "t10k"}
 CHUNK = 2**20
+LARGEST = 2**32  # bytes of images: all of them are held in memory
 
 
 def open_idx(folder: pathlib.Path, split: str = "train") -> ArraySource:
@@ -56,18 +57,20 @@ def read_idx(path: pathlib.Path, num_dims: int) -> UInt8[np.ndarray, "..."]:
                 raise ValueError(f"{path} is cut off within its header")
             shape = struct.unpack(f">{num_dims}I", header[4:])
             size = math.prod(shape)
-            data = _read_at_most(file, size + 1)
+            data = _read_at_most(file, min(size, LARGEST) + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged or cut off: {error}") from error
+    if len(data) > LARGEST:
+        raise ValueError(f"{path} holds more than the {LARGEST:,} bytes that are read into memory")
     if len(data) != size:
         found = f"only {len(data):,}" if len(data) < size else "more"
         raise ValueError(f"{path}: its header promises {size:,} bytes of data, and there are {found}")
     return np.frombuffer(data, np.uint8).reshape(shape)
 
 
-def _read_at_most(file: gzip.GzipFile | io.BufferedReader, size: int) -> bytes:
+def _read_at_most(file: gzip.GzipFile | io.BufferedReader, size: int) -> bytearray:
     """Up to `size` bytes, piece by piece: a header that promises terabytes must not allocate them."""
     pieces = bytearray()
     while len(pieces) < size and (piece := file.read(min(CHUNK, size - len(pieces)))):
         pieces += piece
-    return bytes(pieces)
+    return pieces

@@ -1,31 +1,31 @@
 """From the bytes of an image file to uint8 pixels: orientation, transparency, palettes and 16 bits come out right."""
 
 import io
-import struct
-import zlib
+import os
+import pathlib
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from jaxdiff.files import read_at_most
+
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
-DECODING_ERRORS = (  # whatever Pillow's decoders raise on damaged bytes
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+LONGEST_FILE = 2**29  # bytes, more than Pillow's limit of pixels needs
 
 
 class CorruptImage(ValueError):
     """An image whose bytes cannot be decoded; the message names it and says why."""
+
+
+def read_image_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of an image file. Raises CorruptImage where it is too long to be one."""
+    try:
+        return read_at_most(path, LONGEST_FILE)
+    except ValueError as error:
+        raise CorruptImage(f"{path}: {error}, so it is no image") from error
 
 
 def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w c"]:
@@ -33,7 +33,7 @@ def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w c"]:
 
     EXIF orientation is applied, transparent pixels lie on white, 16-bit grey keeps its upper 8 bits (rounded).
     Raises CorruptImage (with `name` in its message) if the bytes are no such image, are cut off, or unpack to more
-    pixels than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`.
+    pixels than Pillow's limit `PIL.Image.MAX_IMAGE_PIXELS`; so no file takes more than 2 GiB.
     """
     if not data:
         raise CorruptImage(f"{name} is empty (0 bytes)")
@@ -47,23 +47,23 @@ def decode_image(data: bytes, name: str) -> UInt8[np.ndarray, "h w c"]:
         raise
     except Image.UnidentifiedImageError as error:
         raise CorruptImage(f"{name} is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image") from error
-    except DECODING_ERRORS as error:
-        raise CorruptImage(f"{name} cannot be decoded: {error}") from error
+    except Exception as error:  # Pillow's decoders raise every kind on damaged bytes
+        raise CorruptImage(f"{name} cannot be decoded: {error or type(error).__name__}") from error
 
 
-def is_grey(data: bytes) -> bool:
+def is_grey(file: bytes | pathlib.Path) -> bool:
     """Whether an image file's header says grey (False if the header cannot be read)."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=FORMATS) as image:
             return image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16")
-    except DECODING_ERRORS:
+    except Exception:  # as in `decode_image`
         return False
 
 
 def _to_grey_or_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion to 8 bits would clip at 255
-        levels = np.asarray(image).astype(np.float64) * (255 / 65535)
-        return np.clip(np.round(levels), 0, 255).astype(np.uint8)[..., None]
+        levels = np.asarray(image).astype(np.int32)
+        return np.clip((levels + 128) // 257, 0, 255).astype(np.uint8)[..., None]  # 65535 / 255 = 257, to the nearest
     grey = image.mode in ("1", "L", "LA")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

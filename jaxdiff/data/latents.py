@@ -21,11 +21,12 @@ from jaxtyping import Float
 
 from jaxdiff.data.loader import Batch, Loader
 from jaxdiff.data.sources import Example
-from jaxdiff.files import write_text
+from jaxdiff.files import parse_json, read_json, write_text
 
 INDEX = "latents.json"
 FORMAT = 1
 RECORDS_PER_FILE = 16_384
+MOST_CELLS = 2**16  # in each direction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,12 @@ class LatentSource:
         return self.info.num_examples
 
     def __getitem__(self, index: int) -> Example:
-        return _unpack(self.records[index], (self.info.flips, *self.info.shape))
+        try:
+            return _unpack(self.records[index], self.info)
+        except Exception as error:  # the reader raises RuntimeError and its relatives for what is damaged
+            raise ValueError(
+                f"{self.folder}: record {index} is damaged ({str(error).splitlines()[0][:200]})"
+            ) from error
 
     def describe(self) -> str:
         """One line: what, how many, of what."""
@@ -124,7 +130,7 @@ def open_latents(folder: pathlib.Path) -> LatentSource:
     """The latents in a folder. Raises ValueError with one line if they are not there, not whole or of another format."""
     path = folder / INDEX
     try:
-        info = _parse(json.loads(path.read_text()))
+        info = _parse(read_json(path))
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no latents: there is no {INDEX}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -154,8 +160,17 @@ def _parse(values: Any) -> LatentInfo:
         wanted = list if kind.startswith("tuple") else {"int": int, "str": str, "bool": bool}[kind]
         if type(values[name]) is not wanted:
             raise ValueError(f"{name} is {values[name]!r}")
-    info: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return LatentInfo(**info)
+    held: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    info = LatentInfo(**held)
+    sides = (*info.shape, info.flips, info.image_size, info.channels)
+    if len(info.shape) != 3 or any(type(side) is not int or not 1 <= side <= MOST_CELLS for side in sides):
+        raise ValueError("shape, flips, image_size and channels must be positive integers")
+    if any(not isinstance(name, str) for name in (*info.class_names, *info.files)):
+        raise ValueError("class_names and files must hold names")
+    # A plain name: nothing outside the folder is opened, whatever the file says.
+    if strange := [name for name in info.files if not name or any(character in name for character in "/\\\0")]:
+        raise ValueError(f"{strange[0][:80]!r} is not the name of a file beside it")
+    return info
 
 
 def write_latents(folder: pathlib.Path, info: LatentInfo, examples: Iterator[Example]) -> None:
@@ -198,7 +213,12 @@ def _pack(example: Example) -> bytes:
     return struct.pack("<I", len(told)) + told + moments
 
 
-def _unpack(record: bytes, shape: tuple[int, ...]) -> Example:
+def _unpack(record: bytes, info: LatentInfo) -> Example:
+    """What `_pack` packed. Raises ValueError or struct.error for anything else."""
     (length,) = struct.unpack_from("<I", record)
-    moments = np.frombuffer(record, "<f4", offset=4 + length).reshape(shape)
-    return json.loads(record[4 : 4 + length]) | {"moments": moments}
+    told = parse_json(record[4 : 4 + length])
+    kinds = {"label": int, "text": str} if info.has_text else {"label": int}
+    if not isinstance(told, dict) or {name: type(value) for name, value in told.items()} != kinds:
+        raise ValueError(f"it must say {', '.join(kinds)}")
+    moments = np.frombuffer(record, "<f4", offset=4 + length).reshape(info.flips, *info.shape)
+    return told | {"moments": moments}

@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxdiff.data.images import decode_image
+from jaxdiff.data.images import CorruptImage, decode_image
 from jaxdiff.data.sources import Example, describe_source
 from jaxdiff.data.transforms import convert_channels
+from jaxdiff.files import read_json
 
 TEXT_FEATURES = ("text", "caption")
+MAX_CLASSES = 2**16
+# A plain name: nothing outside the folder of data sets is opened, whatever a config says.
+NAME = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?")
 
 
 class TFDSSource:
@@ -43,13 +47,23 @@ class TFDSSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
         where = f"tfds:{self.name} split {self.split} example {index}"
+        try:
+            record = self._records[index]
+        except Exception as error:  # the reader raises RuntimeError and its relatives for what is damaged
+            raise CorruptImage(f"{where} cannot be read: {one_line(error)}") from error
         image = convert_channels(decode_image(record[self._image], where), self.channels)
         example: Example = {"image": image, "label": int(record[self._label]) if self._label else 0}
         if example["label"] < 0:
             raise ValueError(f"{where} has no label (it says {example['label']}): train on a split that has them")
-        return example | {"text": record[self._text].decode()} if self._text else example
+        if self._label and example["label"] >= self.num_classes:
+            raise ValueError(f"{where} has label {example['label']}, and there are {self.num_classes:,} classes")
+        if self._text is None:
+            return example
+        try:
+            return example | {"text": record[self._text].decode()}
+        except UnicodeDecodeError as error:
+            raise CorruptImage(f"{where} has a caption that is not text (UTF-8)") from error
 
     def describe(self) -> str:
         """One line: what, how many, how large, from where."""
@@ -59,11 +73,17 @@ class TFDSSource:
 def open_tfds(name: str, data_dir: pathlib.Path | None = None, split: str = "train") -> TFDSSource:
     """One split, or a slice of it ("train[:10%]"), of the data set `name`, `name/config` or `name:1.0.0`."""
     data_dir = data_dir or pathlib.Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    if not NAME.fullmatch(name):
+        raise ValueError(f"tfds:{name} is no name of a data set, as tfds:cifar10, tfds:name/config or tfds:name:1.0.0")
     folder = _prepared_folder(name, data_dir)
+    _check_features(folder / "features.json")
     import tensorflow_datasets as tfds  # half a second
 
-    builder = tfds.builder_from_directory(folder)
-    features = dict(sorted(builder.info.features.items()))  # their order in the file is arbitrary
+    try:
+        builder = tfds.builder_from_directory(folder)
+        features = dict(sorted(builder.info.features.items()))  # their order in the file is arbitrary
+    except Exception as error:  # TFDS raises many kinds on damaged files
+        raise ValueError(f"tfds:{name} in {folder} is damaged: {one_line(error)}") from error
     image, _, _ = _roles(name, features)
     try:
         records = builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
@@ -73,9 +93,32 @@ def open_tfds(name: str, data_dir: pathlib.Path | None = None, split: str = "tra
             f"access: prepare it again with file_format='array_record'"
         ) from error
     except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"tfds:{name} has no split {split!r} (or it is empty): {reason}") from error
+        raise ValueError(f"tfds:{name} has no split {split!r} (or it is empty): {one_line(error)}") from error
+    except Exception as error:  # of files that are missing, cut off or no array_record
+        raise ValueError(f"tfds:{name} in {folder} is damaged: {one_line(error)}") from error
     return TFDSSource(name, split, records, features, str(folder))
+
+
+def _check_features(path: pathlib.Path) -> None:
+    """Raise ValueError for a features.json that names a class of anything but TFDS: TFDS would import what it names."""
+    try:
+        nodes = [read_json(path)]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    while nodes:
+        node = nodes.pop()
+        for key in ("type", "pythonClassName", "python_class_name"):
+            named = node.get(key) if isinstance(node, dict) else None
+            if isinstance(named, str) and not named.startswith("tensorflow_datasets.core.features."):
+                raise ValueError(
+                    f"{path}: it asks for the Python class {ascii(named)[:80]}, which is none of TFDS's: refused"
+                )
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of what an error says."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
 def _prepared_folder(name: str, data_dir: pathlib.Path) -> pathlib.Path:
@@ -119,4 +162,8 @@ def _roles(name: str, features: Mapping[str, Any]) -> tuple[str, str | None, str
     if dtype != np.uint8:
         raise ValueError(f"tfds:{name} has images of {dtype}, not of 8 bits")
     label = "label" if "label" in labels else labels[0] if len(labels) == 1 else None
+    if label and (features[label].num_classes or 0) > MAX_CLASSES:
+        raise ValueError(
+            f"tfds:{name} has {features[label].num_classes:,} classes, and at most {MAX_CLASSES:,} are read"
+        )
     return image, label, texts[0] if texts else None

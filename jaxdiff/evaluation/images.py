@@ -11,7 +11,6 @@ import concurrent.futures
 import dataclasses
 import os
 import pathlib
-import zipfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,10 +18,11 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jaxdiff.data.folder import FolderSource, open_folder
-from jaxdiff.data.images import DECODING_ERRORS, FORMATS
+from jaxdiff.data.images import FORMATS
 from jaxdiff.data.latents import LatentSource
 from jaxdiff.data.sources import SOURCES, ArraySource, Source, open_source
 from jaxdiff.data.transforms import centre_crop, convert_channels, resize_shorter_side
+from jaxdiff.files import read_npz
 
 IMAGE_KEYS = ("images", "arr_0")  # ours and ADM's
 ORIENTATION = 0x0112  # the EXIF tag; from 5 on, width and height are exchanged
@@ -95,7 +95,7 @@ class ImageSet:
                     # Asked only where there is some: Pillow would decode a whole PNG to look for it.
                     sideways = "exif" in image.info and image.getexif().get(ORIENTATION, 1) >= 5
                     shape = (image.width, image.height) if sideways else (image.height, image.width)
-            except DECODING_ERRORS as error:
+            except Exception as error:  # Pillow's decoders raise every kind on damaged bytes
                 raise ValueError(f"{self.source.root / name} cannot be read as an image") from error
             first = first or shape
             if shape != first:
@@ -143,10 +143,8 @@ def _open_npz(path: pathlib.Path) -> ArraySource:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            key = next((key for key in IMAGE_KEYS if key in archive.files), None)
-            images = None if key is None else archive[key]
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+        images = next(iter(read_npz(path, IMAGE_KEYS).values()), None)
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read as an .npz file of images: {error}") from error
     if images is None:
         raise ValueError(f"{path}: it has no array of images ({' or '.join(map(repr, IMAGE_KEYS))})")

@@ -200,11 +200,15 @@ def read_options(
     return name, options
 
 
+def own_sampler(config: Mapping[str, Any]) -> str | None:
+    """Our name of the file's class; None where it is not among ours."""
+    return next((name for name, theirs in CLASSES.items() if theirs == config.get("_class_name")), None)
+
+
 def _name_of_class(config: Mapping[str, Any]) -> str:
     wanted = config.get("_class_name")
-    for name, class_name in CLASSES.items():
-        if wanted == class_name:
-            return name
+    if name := own_sampler(config):
+        return name
     raise ValueError(f"unknown scheduler class {wanted!r}: give a sampler, or use one of {', '.join(CLASSES.values())}")
 
 
@@ -225,6 +229,8 @@ def _check_option(name: str, key: str, value: Any) -> None:
             raise ValueError(f"{where} must be a {type(default).__name__}")
     elif isinstance(value, bool) or not isinstance(value, int if isinstance(default, int) else int | float):
         raise ValueError(f"{where} must be {'an integer' if isinstance(default, int) else 'a number'}")
+    if isinstance(value, int | float) and not abs(value) <= 1e9 and value != default:
+        raise ValueError(f"{where} must be finite, and no larger than a billion")
     if key in ("num_train_timesteps", "original_inference_steps") and not 1 <= value <= 1_000_000:
         raise ValueError(f"{where} must lie in 1..1000000")
 
@@ -232,7 +238,10 @@ def _check_option(name: str, key: str, value: Any) -> None:
 def _betas(options: Mapping[str, Any]) -> Betas:
     num, start, end = (options[key] for key in ("num_train_timesteps", "beta_start", "beta_end"))
     if options["trained_betas"] is not None:
-        betas = np.asarray(options["trained_betas"], np.float64)
+        try:
+            betas = np.asarray(options["trained_betas"], np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError("trained_betas must be a list of numbers") from error
         if betas.shape != (num,):
             raise ValueError(f"trained_betas must be {num} numbers (num_train_timesteps), got shape {betas.shape}")
     elif options["beta_schedule"] == "squaredcos_cap_v2":

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Key, UInt8, UInt32
@@ -32,9 +33,10 @@ def to_uint8(images: Float[Array, "b h w c"]) -> UInt8[Array, "b h w c"]:
 
 
 def to_host(batches: Iterable[tuple[UInt8[Array, "b h w c"], int]]) -> Iterator[UInt8[np.ndarray, "b h w c"]]:
-    """The images that count of batches on the devices."""
+    """The images that count of batches on the devices; of those of several processes, all on each."""
     for images, count in batches:
-        yield np.asarray(images)[:count]
+        whole = images if images.is_fully_addressable else multihost_utils.process_allgather(images, tiled=True)
+        yield np.asarray(whole)[:count]
 
 
 def keys_of(seeds: UInt32[Array, " b"] | UInt32[Array, "b k"]) -> Key[Array, " b"]:
@@ -68,7 +70,13 @@ def make_device_generator(sample: Sample, mesh: Mesh, batch_per_device: int) -> 
     def stay(leaf: Any) -> jax.Array:
         """A parameter that is spread over this mesh stays as it is; any other is copied to every device."""
         there = isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if there else jax.device_put(leaf, copied)
+        return leaf if there else copy(leaf)
+
+    def copy(leaf: Any) -> jax.Array:
+        if not mesh.is_multi_process:
+            return jax.device_put(leaf, copied)
+        whole = np.asarray(leaf)  # every process has the same, and brings it to its own devices
+        return jax.make_array_from_callback(whole.shape, copied, lambda index: whole[index])
 
     def take(array: Any, start: int) -> jax.Array:
         part = np.asarray(array)[start : start + batch]
@@ -78,7 +86,7 @@ def make_device_generator(sample: Sample, mesh: Mesh, batch_per_device: int) -> 
     def generate(
         params: Any, seeds: Any, request: Any = None, knobs: Any = None
     ) -> Iterator[tuple[UInt8[Array, "b h w c"], int]]:
-        params, knobs = jax.tree.map(stay, params), jax.device_put(knobs, copied)
+        params, knobs = jax.tree.map(stay, params), jax.tree.map(copy, knobs)
         seeds = np.asarray(seeds, np.uint32)
         for start in range(0, len(seeds), batch):
             parts = [jax.tree.map(lambda a, s=start: take(a, s), tree) for tree in (seeds, request)]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxdiff.data.images import decode_image
+from jaxdiff.data.images import decode_image, read_image_file
 from jaxdiff.data.transforms import centre_crop, convert_channels, resize_shorter_side
 
 Picture = UInt8[np.ndarray, "h w c"]
@@ -15,7 +15,7 @@ Picture = UInt8[np.ndarray, "h w c"]
 
 def read_image(path: str | pathlib.Path) -> Picture:
     """An image file's pixels. Raises OSError where it cannot be read, ValueError where it is no image."""
-    return decode_image(pathlib.Path(path).read_bytes(), str(path))
+    return decode_image(read_image_file(path), str(path))
 
 
 def fit_images(images: Any, image_shape: tuple[int, int, int], num: int) -> UInt8[np.ndarray, "n h w c"]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from jaxdiff.config import ConfigError
 from jaxdiff.weights.tokenizer import Tokenizer
 
 
@@ -19,9 +20,12 @@ def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[Int[np.ndarra
 
 
 def request(tokenizer: Tokenizer, prompts: Sequence[str], negative: str = "") -> dict[str, np.ndarray]:
-    """What a text model is asked for: tokens of the prompts and, for each, of what to lead away from."""
-    tokens, cut = tokens_of(tokenizer, prompts)
-    away, cut_away = tokens_of(tokenizer, [negative])
+    """What a text model is asked for: tokens of the prompts and, for each, of what to lead away from. Raises ConfigError."""
+    try:
+        tokens, cut = tokens_of(tokenizer, prompts)
+        away, cut_away = tokens_of(tokenizer, [negative])
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     for note in (cut + cut_away)[:1]:
         print(f"note: {note}", file=sys.stderr)
     return {"tokens": tokens, "negative": np.repeat(away, len(prompts), axis=0)}

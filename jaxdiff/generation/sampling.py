@@ -17,7 +17,7 @@ from jaxdiff.diffusion.predictions import Denoiser
 from jaxdiff.diffusion.samplers import INITIAL_NOISE, SAMPLERS, Constrain, Images, initial_noise
 from jaxdiff.diffusion.scheduler import Schedule
 from jaxdiff.diffusion.timesteps import make_timesteps
-from jaxdiff.generation.foreign_schedule import CLASSES, ForeignSampling, foreign_sampling
+from jaxdiff.generation.foreign_schedule import ForeignSampling, foreign_sampling, own_sampler
 from jaxdiff.generation.generate import Sample, from_uint8, keys_of
 from jaxdiff.generation.image_model import Blend, ImageModel, Known, Request
 from jaxdiff.generation.interpolation import lerp, slerp
@@ -27,7 +27,8 @@ from jaxdiff.generation.masks import to_latents
 IMAGE_LATENTS, KNOWN_LATENTS = INITIAL_NOISE - 1, INITIAL_NOISE - 2
 
 Recipe = ForeignSampling  # of a model of our own too: schedule, times, sampler and options
-AS_FILED: Any = "file"  # SamplingConfig.spacing of a model with a scheduler's file: what that file says
+AS_FILED: Any = "file"  # sampler and spacing of a model with a scheduler's file: what that file says
+OTHER_SAMPLER = "dpm++2m"  # where the file's own is not among ours
 
 
 def make_sample(model: ImageModel, settings: SamplingConfig, guided: bool, paste: bool = True) -> Sample:
@@ -74,10 +75,10 @@ def _knobs(times: Float[np.ndarray, " n+1"], settings: SamplingConfig, strength:
 
 def make_recipe(model: ImageModel, settings: SamplingConfig) -> Recipe:
     """How the model's levels are visited. Raises ValueError for what it cannot do."""
-    if settings.sampler not in SAMPLERS:
-        raise ValueError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
     if model.scheduler is not None:
         return _filed_recipe(model.scheduler, settings)
+    if settings.sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {settings.sampler!r}: use one of {', '.join(SAMPLERS)}")
     times = make_timesteps(model.schedule, settings.steps, settings.spacing)
     options = {"variance": settings.variance} if settings.sampler == "ddpm" else {}
 
@@ -89,20 +90,33 @@ def make_recipe(model: ImageModel, settings: SamplingConfig) -> Recipe:
     return Recipe(model.schedule, model.prediction, times, settings.sampler, options, times, limit)
 
 
+def sampler_of(scheduler: Mapping[str, Any] | None, settings: SamplingConfig) -> str:
+    """The sampler's name, also where the settings leave it to the scheduler's file."""
+    return settings.sampler if scheduler is None or settings.sampler != AS_FILED else filed_sampler(scheduler)
+
+
+def filed_sampler(scheduler: Mapping[str, Any]) -> str:
+    """Our name of the scheduler that the file names, or that of what takes its place."""
+    return own_sampler(scheduler) or OTHER_SAMPLER
+
+
 def _filed_recipe(config: Mapping[str, Any], settings: SamplingConfig) -> Recipe:
     """What diffusers' pipelines would do with the scheduler's file, or with another sampler of the same levels."""
+    sampler = sampler_of(config, settings)
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: use one of {', '.join(SAMPLERS)}")
     if settings.clip != "none":
         raise ValueError(
             f"clip = {settings.clip!r} is for pixels in [-1, 1], and this model works on latents: use 'none'"
         )
     if settings.spacing == "karras":
         config = {**config, "use_karras_sigmas": True}
-        if settings.sampler not in ("euler", "heun", "dpm++2m"):
-            raise ValueError(f"sampler {settings.sampler!r} has no spacing 'karras': euler, heun and dpm++2m have it")
+        if sampler not in ("euler", "heun", "dpm++2m"):
+            raise ValueError(f"sampler {sampler!r} has no spacing 'karras': euler, heun and dpm++2m have it")
     elif settings.spacing != AS_FILED:
         config = {**config, "timestep_spacing": settings.spacing, "use_karras_sigmas": False}
-    own = CLASSES[settings.sampler] == config.get("_class_name")
-    return foreign_sampling(config, settings.steps, None if own else settings.sampler, stable_diffusion=True)
+    own = sampler == own_sampler(config)
+    return foreign_sampling(config, settings.steps, None if own else sampler, stable_diffusion=True)
 
 
 def first_step(steps: int, strength: float) -> np.int32:

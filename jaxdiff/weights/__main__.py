@@ -13,7 +13,7 @@ import argparse
 import pathlib
 import sys
 
-from jaxdiff.command_line import one_line_errors, set_up_compilation_cache
+from jaxdiff.command_line import Parser, one_line_errors, set_up_compilation_cache
 from jaxdiff.tasks.export import DTYPES, FORMATS, export_run
 from jaxdiff.weights.lora import NAMINGS
 
@@ -22,7 +22,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; argparse itself ends with status 2 on a wrong one."""
     usage, text = (__doc__ or "").split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m jaxdiff.weights", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
     )
     export = parser.add_subparsers(dest="command", required=True).add_parser("export", allow_abbrev=False)

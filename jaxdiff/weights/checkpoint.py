@@ -5,7 +5,6 @@ tensors to the devices, one at a time.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from jaxdiff.files import read_json
 from jaxdiff.weights import single_file
 from jaxdiff.weights.names import (
     Rule,
@@ -283,10 +283,10 @@ def _not_a_model(path: pathlib.Path) -> str:
 
 def _read_json(path: pathlib.Path) -> Config:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path}: there is no such file") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: it cannot be read ({type(error).__name__}: {ascii(str(error))[:120]})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: it must hold a JSON object")

@@ -4,7 +4,6 @@ Read by the same name rules as the models themselves, and as strictly: a layer t
 is what is no plain LoRA. Of a file in the names of diffusers alpha is in its metadata, else it is the rank.
 """
 
-import json
 import math
 import pathlib
 import re
@@ -14,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from jaxdiff.files import parse_json
 from jaxdiff.weights.names import FLOATS, Rule, Tensor, shortened
 from jaxdiff.weights.tensors import StoredTensor, open_tensors, read_metadata, write_tensors
 
@@ -28,12 +28,13 @@ FACTOR = re.compile(
     r"lora_(?P<kohya>down|up)\.weight|lora_(?P<peft>A|B)(\.default)?\.weight|(?P<alpha>alpha)"
     r"|(lora\.|lora_linear_layer\.)?(?P<old>down|up)\.weight)"
 )
+ADAPTERS = r"lora|dora_|hada_|lokr_|oft_|\.(diff|diff_b|set_weight|w_norm|b_norm)$"
 # What other kinds of adapters have: a pattern of a tensor's name, and what it then is.
 OTHERS = (
     (r"hada_|lokr_|oft_|\.(diff|diff_b|set_weight|w_norm|b_norm)$", "a LyCORIS of another kind than LoRA"),
     (r"lora_mid", "a LoRA in CP decomposition"),
     (r"dora_scale|lora_magnitude_vector", "a DoRA"),
-    (r"\.bias$", "a LoRA with biases"),
+    (r"lora.*\.bias$", "a LoRA with biases"),
     (r"lora_te2_|text_encoder_2\.|lora_unet_(input|output)_blocks_\d+_\d+_transformer_blocks_[1-9]", "a LoRA of XL"),
     (r"lora_transformer_|transformer\.|(double|single)_blocks|diffusion_model\.", "a LoRA of another model"),
 )
@@ -131,7 +132,8 @@ def _read(stored: Mapping[str, StoredTensor], layers: Layers, metadata: Mapping[
         else:
             files.setdefault(layer, {})[which] = tensor
     if strange:
-        other = next((what for pattern, what in OTHERS if any(re.search(pattern, name) for name in strange)), None)
+        like = [name for name in strange if re.search(ADAPTERS, name)]  # of a whole model there are none
+        other = next((what for pattern, what in OTHERS if any(re.search(pattern, name) for name in like)), None)
         if other or not files:
             raise ValueError(
                 f"it is {other or 'no LoRA of Stable Diffusion'}: it holds {shortened(sorted(strange), 3)}"
@@ -195,7 +197,7 @@ def _alpha(layer: str, stored: StoredTensor) -> float:
 def _peft_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
     """Alphas that diffusers noted, by layer, with the part's name alone for all its others."""
     try:
-        settings = json.loads(metadata.get(METADATA, "{}"))
+        settings = parse_json(metadata.get(METADATA, "{}"))
         if not isinstance(settings, dict):
             raise ValueError("it must hold a JSON object")
         found = {}
@@ -207,9 +209,11 @@ def _peft_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
                 found[part] = float(value)
             if name == "alpha_pattern":
                 found |= {f"{part}.{layer}": float(alpha) for layer, alpha in value.items()}
-        return found
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        if not all(math.isfinite(alpha) for alpha in found.values()):
+            raise ValueError("every alpha must be a number")
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"its metadata {METADATA}: {error}") from error
+    return found
 
 
 def _peft_alpha(layer: str, alphas: Mapping[str, float], rank: int) -> float:

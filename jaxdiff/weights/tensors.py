@@ -39,7 +39,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "F64": np.float64,
     }.items()
 }
-LONGEST_HEADER = 100_000_000  # bytes: the limit of the safetensors library too
+LONGEST_HEADER = 8 * 2**20  # bytes, for some 60,000 tensors: in memory less than 256 MiB
 LONGEST_NAME, MOST_AXES = 500, 32
 
 # What is often found under the name of a model, by how it begins.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -18,14 +19,18 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxdiff.files import write_text
+from jaxdiff.files import read_json, write_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 CONTEXT_LENGTH = 77
+MOST_TOKENS = 2**16  # of a prompt; files without a limit say 10^30
+MOST_IDS = 2**20  # of a vocabulary: CLIP's has 49,408
 # A word is a run of letters, one digit, an English ending, or a run of anything else but spaces; they go without spaces.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+
+HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 
 Merges = list[tuple[str, str]]
 
@@ -47,20 +52,26 @@ class Tokenizer(NamedTuple):
         context_length: int = CONTEXT_LENGTH,
         pad_token: str = END,
     ) -> Tokenizer:
-        """Tokenizer of a vocabulary and its merges, the most frequent first."""
+        """Tokenizer of a vocabulary and its merges, the most frequent first. Raises ValueError for what cannot be one."""
+        _check_vocabulary(vocabulary, merges)
+        if not isinstance(pad_token, str):
+            raise ValueError(f"tokenizer: pad_token = {str(pad_token)[:80]!r} must be text")
         lacking = [token for token in (START, END, pad_token) if token not in vocabulary]
         if lacking:
             raise ValueError(f"tokenizer: the vocabulary has no {' nor '.join(lacking)}")
         if context_length < 2:
             raise ValueError(f"tokenizer: a context of {context_length} tokens has no room for start and end")
-        model = models.BPE(
-            vocab=vocabulary,
-            merges=merges,
-            continuing_subword_prefix="",
-            end_of_word_suffix=END_OF_WORD,
-            fuse_unk=False,
-            unk_token=END,
-        )
+        try:
+            model = models.BPE(
+                vocab=vocabulary,
+                merges=merges,
+                continuing_subword_prefix="",
+                end_of_word_suffix=END_OF_WORD,
+                fuse_unk=False,
+                unk_token=END,
+            )
+        except Exception as error:  # the library knows no other kind: of a merge whose pieces are not in the vocabulary
+            raise ValueError(f"tokenizer: {error}") from error
         backend = tokenizers.Tokenizer(model)
         backend.normalizer, backend.pre_tokenizer = _normalizer(), _pre_tokenizer()
         backend.decoder = decoders.ByteLevel()
@@ -90,6 +101,9 @@ class Tokenizer(NamedTuple):
         """
         if isinstance(prompts, str):
             raise ValueError("tokenizer: prompts must be a list of strings, not one string")
+        for prompt in prompts:
+            if HALF_CHARACTERS.search(prompt):  # bytes of a command line that were no text
+                raise ValueError(f"tokenizer: the prompt {ascii(prompt)[:80]} is not text (UTF-8)")
         ids = np.full((len(prompts), self.context_length), self.vocabulary[self.pad_token], np.int32)
         room = self.context_length - 2
         for row, encoding in zip(ids, self.backend.encode_batch(list(prompts)), strict=True):
@@ -132,19 +146,24 @@ class Tokenizer(NamedTuple):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Tokenizer:
-        """Read a folder of `save` or the `tokenizer/` folder of a checkpoint."""
+        """Read a folder of `save` or the `tokenizer/` folder of a checkpoint. Raises ValueError naming the file."""
         folder = pathlib.Path(folder)
         vocabulary, merges = _read_vocabulary(folder)
         settings = _read_json(folder / FILES[2]) if (folder / FILES[2]).is_file() else {}
         special = folder / "special_tokens_map.json"
         pad = settings.get("pad_token") or (_read_json(special).get("pad_token") if special.is_file() else None) or END
-        # Older files keep a token as a dict of its properties; without a limit they say 10^30.
         length = settings.get("model_max_length", CONTEXT_LENGTH)
+        if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
+            raise ValueError(
+                f"{folder / FILES[2]}: model_max_length = {str(length)[:80]!r} must be a number, at least 2"
+            )
+        # Older files keep a token as a dict of its properties.
+        pad_token: Any = pad.get("content") if isinstance(pad, dict) else pad
         return cls.create(
             vocabulary,
             merges,
-            CONTEXT_LENGTH if length > 10**9 else int(length),
-            pad["content"] if isinstance(pad, dict) else pad,
+            CONTEXT_LENGTH if length > MOST_TOKENS else int(length),
+            pad_token,
         )
 
 
@@ -191,26 +210,48 @@ def _read_vocabulary(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
     whole = folder / "tokenizer.json"
     if not (folder / FILES[0]).is_file() and whole.is_file():
         content = _read_json(whole)
-        added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
-        return content["model"]["vocab"] | added, _checked_merges(pairs, whole)
+        try:
+            added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
+            vocabulary = content["model"]["vocab"] | added
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{whole} is not a tokenizer of byte-level BPE, with vocab and merges") from error
+        return vocabulary, _checked_merges(pairs, whole)
     for name in FILES[:2]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no tokenizer: it has no {name}")
-    lines = (folder / FILES[1]).read_text(encoding="utf-8").split("\n")
+    try:
+        lines = (folder / FILES[1]).read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / FILES[1]} is not text (UTF-8)") from error
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
     return _read_json(folder / FILES[0]), _checked_merges(pairs, folder / FILES[1])
 
 
+def _check_vocabulary(vocabulary: Any, merges: Merges) -> None:
+    """Raise ValueError for numbers that are none, or that would need a table without end."""
+    if not isinstance(vocabulary, dict) or len(vocabulary) > MOST_IDS or len(merges) > MOST_IDS:
+        raise ValueError(
+            f"tokenizer: the vocabulary must be an object of at most {MOST_IDS:,} tokens, and as many merges"
+        )
+    for token, number in vocabulary.items():
+        if type(number) is not int or not 0 <= number < MOST_IDS:
+            shown = ascii(token)[:80], str(number)[:40]
+            raise ValueError("tokenizer: the number of {} is {}, not from 0 to {:,}".format(*shown, MOST_IDS - 1))
+
+
 def _checked_merges(pairs: list[list[str]], path: pathlib.Path) -> Merges:
-    if any(len(pair) != 2 for pair in pairs):
+    if any(
+        not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(piece, str) for piece in pair)
+        for pair in pairs
+    ):
         raise ValueError(f"{path}: every merge must be two pieces with a space between")
     return [(a, b) for a, b in pairs]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
