@@ -38,7 +38,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; argparse itself ends with status 2 on a wrong one."""
     usage, text = (__doc__ or "").split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = command_line.Parser(
         "evaluate.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
     )
     what = parser.add_mutually_exclusive_group(required=True)
@@ -55,6 +55,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, help="cut images of folders and data sources to this many pixels")
     parser.add_argument("--out", help="with --make_reference: the .npz to write; else the folder for results")
     command_line.add_score_flags(parser)
+    command_line.add_process_flags(parser)
     command_line.add_sampling_flags(parser.add_argument_group("sampling, with --workdir (defaults: the run's own)"))
     return parser.parse_args(argv)
 
@@ -98,8 +99,8 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     with command_line.one_line_errors():
         metrics = command_line.check_evaluation_flags(args)
-        command_line.set_up_compilation_cache()
         command_line.one_cpu_device_a_core()
+        command_line.set_up_jax(args)
         place = pathlib.Path(args.workdir or args.images or args.out)
         name = "results.json" if args.workdir else f"{place.stem}_results.json"
         path = pathlib.Path(args.out or (place if args.workdir else place.parent)) / name
@@ -109,8 +110,7 @@ def main() -> None:
                 for line in results.warnings:
                     print(f"warning: {line}", file=sys.stderr)
                 print(results.table())
-                written = [pathlib.Path(args.out)] if args.make_reference else results.save(path)
-                print(f"wrote {' and '.join(map(str, written))}")
+                print("wrote", args.out if args.make_reference else " and ".join(map(str, results.save(path))))
         except ValueError as error:
             raise ConfigError(str(error)) from error
 

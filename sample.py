@@ -28,22 +28,26 @@ those made. --truncation keeps the numbers of the latents near 0: less variety.
 """
 
 import argparse
-import pathlib
 import sys
-from typing import Any
-
-import numpy as np
 
 from jaxdiff.command_line import (
+    Parser,
+    add_process_flags,
     add_sampling_flags,
     model_settings,
     one_line_errors,
     sampling_settings,
-    set_up_compilation_cache,
+    set_up_jax,
 )
-from jaxdiff.files import replacing, save_gif, save_png
-from jaxdiff.generation.pictures import image_grid
-from jaxdiff.tasks.asked import add_image_flags, add_model_flags, check_place, how_many, open_asked, what_is_asked
+from jaxdiff.tasks.asked import (
+    add_image_flags,
+    add_model_flags,
+    check_place,
+    how_many,
+    open_asked,
+    what_is_asked,
+    write_images,
+)
 from jaxdiff.tasks.dry_run import dry_run
 from jaxdiff.tasks.run import Run
 
@@ -52,9 +56,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; argparse itself ends with status 2 on a wrong one."""
     usage, text = (__doc__ or "").split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "sample.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
-    )
+    parser = Parser("sample.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False)
     add_model_flags(parser)
     parser.add_argument("--num", type=int, help="how many images (default 16; of --model one for each prompt)")
     parser.add_argument(
@@ -69,6 +71,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--out", default="samples", help="folder for the PNG files (default samples/)")
     parser.add_argument("--npz", help="write one .npz file instead of PNG files")
     add_sampling_flags(parser)
+    add_process_flags(parser)
     return parser.parse_args(argv)
 
 
@@ -77,7 +80,7 @@ def main() -> None:
     args = parse_args(sys.argv[1:])
     with one_line_errors():
         check_place(args)
-        set_up_compilation_cache()
+        set_up_jax(args)
         model = open_asked(args)
         num = how_many(args)
         if isinstance(model, Run):
@@ -95,22 +98,7 @@ def main() -> None:
             model = model.load()
         print(what, flush=True)
         images = model.make(asked.seeds, asked.request, settings, strength=asked.strength)
-        if args.npz:
-            arrays: dict[str, Any] = {"images": images, **asked.arrays}
-            with replacing(args.npz) as temporary, temporary.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            print(f"wrote {args.npz}")
-            return
-        folder = pathlib.Path(args.out)
-        for name, image in zip(asked.names, images, strict=True):
-            save_png(folder / f"{name:06d}.png", image)
-        grid = folder.parent / f"{folder.name}_grid.png"
-        save_png(grid, image_grid(images[:1024]))
-        written = [grid]
-        if args.interpolate:
-            written.append(grid.with_name(f"{folder.name}.gif"))
-            save_gif(written[-1], np.stack([image_grid(image[None], padding=0) for image in images]))
-        print(f"wrote {num} PNG files to {folder}/ and {', '.join(map(str, written))}")
+        print(f"wrote {write_images(args, asked, images)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,12 @@
 --config FILE           what to train; each file in configs/ says what it needs, how long it takes and what to expect
 --config.KEY=VALUE      change one key of it; `--config FILE --help` lists them all with their values
 --workdir DIR           where everything goes (default: runs/<name of the config file>)
+--dry_run               train nothing: print what a step takes (operations, memory, traffic), and whether it fits; the only file
+                        written is first_batch.png in the workdir
+--target SLICE          of --dry_run: for TPUs that you need not have, such as v5e:2x4 (docs/preflight.md)
+--profile               also write a trace of a few steps into the workdir, for Perfetto or TensorBoard
+--coordinator HOST:PORT --process_id I --num_processes N
+                        on several hosts: the same command on each, with its number (docs/several_hosts.md)
 
 The workdir gets config.json, metrics.jsonl, tensorboard/, samples/ (a PNG grid now and then), curves.png and checkpoints/.
 The same command again goes on where the run stopped. Ctrl-C and SIGTERM save first. Then: python sample.py --workdir DIR
@@ -16,16 +22,23 @@ The same command again goes on where the run stopped. Ctrl-C and SIGTERM save fi
 import shlex
 import sys
 
-from jaxdiff.command_line import config_from_flags, one_line_errors, set_up_compilation_cache
+from jaxdiff.command_line import config_from_flags, one_line_errors, process_flags, set_up_jax
+from jaxdiff.tasks.preflight import preflight
+from jaxdiff.tasks.targets import choose_target
 from jaxdiff.tasks.train import train_run
 
 
 def main() -> None:
     """Read the flags, train, say what to do next."""
     with one_line_errors():
-        config, workdir = config_from_flags(sys.argv, __doc__ or "")
-        set_up_compilation_cache()
-        outcome = train_run(config, workdir)
+        args, argv = process_flags(sys.argv)
+        config, workdir = config_from_flags(argv, __doc__ or "")
+        if args.target is not None:
+            choose_target(args.target)
+        set_up_jax(args, saves=True)
+        if args.dry_run:
+            return preflight(config, workdir, args.target)
+        outcome = train_run(config, workdir, args.profile)
     if outcome.stopped_by is not None:
         again = shlex.join(["python", *sys.argv])
         print(f"stopped by {outcome.stopped_by.name} at step {outcome.step}, all is saved; to go on: {again}")

@@ -29,7 +29,7 @@ def get_config() -> ConfigDict:
     config.autoencoder_kl.num_res_blocks = 1
     config.autoencoder_kl.perceptual = "efficientnet-lite0"
     config.autoencoder_kl.perceptual_weight = 0.1
-    config.autoencoder_kl.discriminator_start = 1200
+    config.autoencoder_kl.discriminator_start = 700
     config.autoencoder_kl.discriminator_channels = 32
     config.autoencoder_kl.discriminator_layers = 2
     config.optimizer.learning_rate = 1e-3
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 100
     config.optimizer.ema_decay = 0.995
     config.training.batch_size = 16
-    config.training.num_steps = 2000
+    config.training.num_steps = 1000
     config.training.log_every = 50
     config.training.checkpoint_every = 500
     config.training.sample_every = 500

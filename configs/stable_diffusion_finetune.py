@@ -45,7 +45,8 @@ def get_config() -> ConfigDict:
     config.training.log_every = 20
     config.training.checkpoint_every = 500
     config.training.sample_every = 500
-    config.sampling.sampler = "dpm++2m"
+    config.sampling.sampler = "file"  # the checkpoint's own, its steps where its file says
+    config.sampling.spacing = "file"
     config.sampling.steps = 30
     config.sampling.guidance = 7.5
     config.sampling.clip = "none"

@@ -3,43 +3,60 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import pathlib
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from jaxdiff.config import Config, ConfigError, SamplingConfig, check, to_config
 from jaxdiff.evaluation.extractors import EXTRACTORS, PRECISIONS
 from jaxdiff.evaluation.scores import Options, check_metrics
-from jaxdiff.files import cache_folder
+from jaxdiff.files import cache_folder, obstacle
+from jaxdiff.host_memory import keep_freed_memory
 from jaxdiff.tasks.evaluate import ALL_METRICS, RECONSTRUCTION_METRICS, WANT_REFERENCE
 from jaxdiff.tasks.stable_diffusion import StableDiffusion
-from jaxdiff.training.checkpoints import CheckpointError
+from jaxdiff.training.checkpoints import CheckpointError, SaveError
 from jaxdiff.training.loop import NonFiniteLossError
+from jaxdiff.training.processes import Place, ending_with_the_others, join
 
 USAGE_ERROR = 2
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the user's mistakes into one line on stderr and exit status 2; a run that diverged into exit status 1."""
-    try:
-        yield
-    except (ConfigError, CheckpointError, OSError) as error:
-        sys.exit(_print_error(str(error), USAGE_ERROR))
-    except NonFiniteLossError as error:
-        sys.exit(_print_error(str(error), 1))
+    """Turn the user's mistakes into one line on stderr and exit status 2; what went wrong on the way (1) into one, too."""
+    with ending_with_the_others():
+        try:
+            yield
+        except (ConfigError, CheckpointError) as error:
+            sys.exit(_print_error(str(error), USAGE_ERROR))
+        except OSError as error:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            sys.exit(_print_error(str(error), 1 if is_full else USAGE_ERROR))
+        except (NonFiniteLossError, SaveError) as error:
+            sys.exit(_print_error(str(error), 1))
 
 
 def _print_error(message: str, status: int) -> int:
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return status
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, but a wrong flag is said in one line, as all else."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Print the line and exit with status 2."""
+        sys.exit(_print_error(f"{message} (`{self.prog} --help` lists the flags)", USAGE_ERROR))
 
 
 def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path]:
@@ -64,14 +81,25 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
     try:
         left = values(argv)[1:]
         config = values["config"].value
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the user's config file raises when it runs
         raise ConfigError(_explain(error, argv, path)) from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config() must return default_config() with changes, not {type(config).__name__}"
+        )
     if left:
         raise ConfigError(f"{left[0]!r} is not understood: flags begin with two dashes, as in --config.seed=1")
     if helping:
         print(f"\nkeys of {path}, to be changed by --config.<key>=<value>:\n{config}")
         sys.exit(0)
-    return to_config(config), pathlib.Path(values["workdir"].value or f"runs/{path.stem}")
+    workdir = values["workdir"].value or f"runs/{path.stem}"
+    if "://" in workdir:
+        raise ConfigError(
+            f"--workdir {workdir}: it must be a folder; mount the bucket (docs/several_hosts.md) and name that"
+        )
+    if problem := obstacle(workdir):
+        raise ConfigError(f"--workdir {workdir}: {problem}")
+    return to_config(config), pathlib.Path(workdir)
 
 
 def _config_path(argv: list[str]) -> pathlib.Path | None:
@@ -85,7 +113,9 @@ def _config_path(argv: list[str]) -> pathlib.Path | None:
 
 def _explain(error: Exception, argv: list[str], path: pathlib.Path) -> str:
     """What absl and config_flags complain about, as a line; config_flags names only the part of a key that is wrong."""
-    message = str(error.args[0]) if error.args else str(error)
+    if isinstance(error, OSError | SyntaxError):
+        return f"{path}: {error}"
+    message = str(error.args[0]) if error.args else type(error).__name__
     if isinstance(error, flags.Error):
         return message
     meant = re.search(r'Did you mean "(\w+)"', message)
@@ -95,6 +125,39 @@ def _explain(error: Exception, argv: list[str], path: pathlib.Path) -> str:
         if name.startswith("config.") and any(f"'{part}" in message for part in name.split(".")[1:]):
             return f"unknown config key {name}{hint}"
     return f"{path}: {message}"
+
+
+def add_process_flags(parser: argparse.ArgumentParser) -> None:
+    """Where this process stands among several."""
+    group = parser.add_argument_group("several processes (SLURM, Open MPI and Cloud TPU say this themselves)")
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 waits for the others")
+    group.add_argument("--process_id", type=int, metavar="I", help="number of this process, from 0")
+    group.add_argument("--num_processes", type=int, metavar="N", help="how many there are")
+
+
+def process_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The flags of `add_process_flags`, --profile, --dry_run and --target, and all the others. Raises ConfigError."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_process_flags(parser)
+    parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--dry_run", action="store_true")
+    parser.add_argument("--target")
+    try:
+        args, left = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}") from error
+    if args.target is not None and not args.dry_run:
+        raise ConfigError(
+            f"--target {args.target} goes with --dry_run: it says for what to compile, and trains nothing"
+        )
+    return args, left
+
+
+def set_up_jax(args: argparse.Namespace, saves: bool = False) -> None:
+    """Host memory, compilation cache, and the other processes, if there are any. `saves`: see `join`. Raises ConfigError."""
+    keep_freed_memory()
+    set_up_compilation_cache()
+    join(Place(args.coordinator, args.process_id, args.num_processes), saves)
 
 
 def set_up_compilation_cache() -> None:
@@ -107,9 +170,9 @@ def set_up_compilation_cache() -> None:
 SAMPLING_FLAGS = {field.name: field for field in dataclasses.fields(SamplingConfig) if field.name != "num_images"}
 GAN_FLAGS = ("truncation", "resolution")
 SAMPLING_HELP = {
-    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral | pndm | lcm",
+    "sampler": "ddpm | ddim | euler | heun | dpm++2m | euler_ancestral | pndm | lcm | file (the checkpoint's own)",
     "steps": "steps of the sampler; more is slower and better",
-    "spacing": "where the steps lie: linspace | leading | trailing | karras",
+    "spacing": "where the steps lie: linspace | leading | trailing | karras | file (as the checkpoint says)",
     "eta": "ddim: 0 deterministic ... 1 as random as ddpm",
     "variance": "ddpm: fixed_small | fixed_large | learned",
     "guidance": "classifier-free guidance scale; 1 = none, 2 to 5 is usual",
@@ -151,6 +214,8 @@ def sampling_settings(args: argparse.Namespace, config: Config, num: int) -> Sam
         if not fits and name != "batch_per_device":
             whose = "progressive GANs" if name in GAN_FLAGS else "diffusion models"
             raise ConfigError(f"--{name} belongs to {whose}, and this run is of task {config.task!r}")
+    if config.model.pretrained and "variance" in changes:
+        raise ConfigError("--variance: of a fine-tuned run the checkpoint's scheduler file says it")
     settings = dataclasses.replace(config.sampling, **changes)
     _check_settings(dataclasses.replace(config, sampling=settings), args, num)
     return settings
@@ -162,7 +227,7 @@ def model_settings(args: argparse.Namespace, model: StableDiffusion, num: int) -
     if "variance" in changes:
         raise ConfigError("--variance: of --model the scheduler's file says it")
     settings = dataclasses.replace(model.settings, **changes)
-    plain = dataclasses.replace(settings, spacing="trailing", clip="clip")
+    plain = dataclasses.replace(settings, sampler="ddim", spacing="trailing", clip="clip")
     _check_settings(dataclasses.replace(Config(), sampling=plain), args, num)
     model.check(settings)
     return settings

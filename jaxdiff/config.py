@@ -8,6 +8,7 @@ compiles.
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator
@@ -48,7 +49,9 @@ class ModelConfig:
     num_heads: int = 1
     dropout: float = 0.1
     patch_size: int = 1  # space-to-depth at the door
-    scale_shift_norm: bool = False  # time, label and pooled text scale and shift what is normed, instead of adding before
+    scale_shift_norm: bool = (
+        False  # time, label and pooled text scale and shift what is normed, instead of adding before
+    )
     position_embedding: bool = False  # sines of row and column at the door: good where patches leave few positions
     num_classes: int = 0  # 0: unconditional; -1: as many as the data has (resolved when training starts)
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
@@ -200,16 +203,17 @@ class ShardingConfig:
     """How a step is spread over devices."""
 
     mode: Literal["jit", "pmap"] = "jit"
-    fsdp: int = 1  # devices over which parameters and optimiser state are sharded; the rest is data parallel
+    fsdp: int = 1  # devices over which parameters and optimiser state are sharded; 0 = as few as fit
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """Defaults of `sample.py` and of the grids made during training."""
 
-    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m", "euler_ancestral", "pndm", "lcm"] = "ddim"
+    sampler: Literal["ddpm", "ddim", "euler", "heun", "dpm++2m", "euler_ancestral", "pndm", "lcm", "file"] = "ddim"
     steps: int = 50
-    spacing: Literal["linspace", "leading", "trailing", "karras"] = "trailing"
+    # Sampler and spacing "file": as the scheduler's file of model.pretrained says.
+    spacing: Literal["linspace", "leading", "trailing", "karras", "file"] = "trailing"
     eta: float = 0.0  # ddim: 0 deterministic, 1 ancestral
     variance: Literal["fixed_small", "fixed_large", "learned"] = "fixed_small"  # ddpm
     guidance: float = 1.0  # classifier-free guidance scale; 1 = none
@@ -228,7 +232,7 @@ class EvaluationConfig:
     """Scores during training, of the moving average of the parameters against the training data; and for `evaluate.py`."""
 
     every: int = 0  # steps; 0 = never
-    metrics: tuple[str, ...] = ("fid", "is")  # of fid, sfid, is, kid, pr
+    metrics: tuple[str, ...] = ("fid", "is")  # of fid, sfid, is, kid, pr, swd, ms_ssim
     num_images: int = 5000  # samples to score
     extractor: Literal["inception", "efficientnet-lite0"] = "inception"
     weights: str = ""  # file of the inception network's weights ("" = downloaded once)
@@ -314,13 +318,17 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in hints:
-            raise ConfigError(f"unknown config key config.{prefix}{key}{_suggest(key, list(hints))}")
+            shown = ascii(str(key))[1:-1][:80]
+            raise ConfigError(f"unknown config key config.{prefix}{shown}{_suggest(shown, list(hints))}")
     return cls(**{key: _coerce(hints[key], value, prefix + key) for key, value in values.items()})
 
 
 def _suggest(word: str, choices: list[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1)
     return f"; did you mean {close[0]}?" if close else f"; it has {', '.join(choices)}"
+
+
+LARGEST = 2**32 - 1  # of integers: seeds have 32 bits, and nothing counts further
 
 
 def _coerce(hint: Any, value: Any, name: str) -> Any:
@@ -339,6 +347,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         return tuple(_coerce(typing.get_args(hint)[0], item, name) for item in value)
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _coerce(typing.get_args(hint)[0], value, name)
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ConfigError(f"config.{name} must not be larger than {LARGEST:,}")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -382,6 +392,9 @@ def check_latent_size(config: Config, size: int) -> None:
 
 def _range_rules(config: Config) -> Rules:
     values = flatten(config)
+    for name, value in values.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            yield not isinstance(number, float) or math.isfinite(number), f"{name} = {value} must be finite"
     for name in _AT_LEAST_ONE:
         yield values[name] >= 1, f"{name} = {values[name]} must be at least 1"
     for name in _NOT_NEGATIVE:
@@ -408,7 +421,7 @@ def _range_rules(config: Config) -> Rules:
 
 
 _AT_LEAST_ONE = (
-    *("data.image_size", "data.num_threads", "sharding.fsdp", "diffusion.num_timesteps"),
+    *("data.image_size", "data.num_threads", "diffusion.num_timesteps"),
     *(f"model.{name}" for name in ("channels", "num_res_blocks", "num_heads", "patch_size")),
     *(
         f"training.{name}"
@@ -425,7 +438,7 @@ _AT_LEAST_ONE = (
     *(f"autoencoder_kl.discriminator_{name}" for name in ("channels", "layers")),
 )
 _NOT_NEGATIVE = (
-    *("sampling.truncation", "sampling.resolution"),
+    *("sampling.truncation", "sampling.resolution", "sharding.fsdp"),
     *(f"progressive_gan.{name}_kimg" for name in ("total", "stable", "fade")),
     *(f"progressive_gan.{name}" for name in ("penalty_weight", "drift", "class_weight", "stddev_group")),
     *("training.sample_every", "optimizer.warmup_steps", "optimizer.clip_norm", "optimizer.weight_decay"),
@@ -566,7 +579,7 @@ def _evaluation_rules(config: Config) -> Rules:
     yield evaluation.num_images >= 10, f"evaluation.num_images = {evaluation.num_images} must be at least 10"
 
 
-TRAINING_METRICS = ("fid", "sfid", "is", "kid", "pr")
+TRAINING_METRICS = ("fid", "sfid", "is", "kid", "pr", "swd", "ms_ssim")
 
 
 def _model_rules(config: Config) -> Rules:
@@ -717,6 +730,11 @@ def _sampling_rules(config: Config) -> Rules:
         diffusion.learned_variance or sampling.variance != "learned",
         "sampling.variance = 'learned' needs config.diffusion.learned_variance = True",
     )
+    for name in ("sampler", "spacing"):
+        yield (
+            bool(config.model.pretrained) or getattr(sampling, name) != "file",
+            f"sampling.{name} = 'file' needs a checkpoint with a scheduler's file: config.model.pretrained",
+        )
     yield sampling.guidance_start < sampling.guidance_end, "sampling.guidance_start must be below guidance_end"
     yield (
         not discrete or sampling.steps <= diffusion.num_timesteps,

@@ -15,6 +15,7 @@ import sys
 import jax
 
 from jaxdiff.command_line import (
+    Parser,
     add_sampling_flags,
     model_settings,
     one_line_errors,
@@ -32,7 +33,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     """The flags; argparse itself ends with status 2 on a wrong one."""
     usage, text = (__doc__ or "").split("\n\n", 1)
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m jaxdiff.export", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
     )
     add_model_flags(parser, dry_run=False)

@@ -1,73 +1,164 @@
-"""The training step is known to compile for accelerators that this machine does not have."""
+"""Steps and samplers are known to compile for accelerators that this machine does not have."""
 
-import os
+import dataclasses
 import pathlib
-import subprocess
-import sys
 
 import jax
+import numpy as np
 import pytest
 
 from jaxdiff.command_line import config_from_flags
+from jaxdiff.config import check
+from jaxdiff.generation.generate import keys_of, to_uint8
+from jaxdiff.tasks import captions
+from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.diffusion import DiffusionTask
-from jaxdiff.training.sharding import make_mesh
-from tests.tiny import tiny_batch
+from jaxdiff.tasks.first_stage import FirstStage
+from jaxdiff.tasks.make import Parts, make_task
+from jaxdiff.tasks.preflight import _compile, _open
+from jaxdiff.tasks.pretrained import open_pretrained, resolved
+from jaxdiff.tasks.progressive_gan import resolve_length
+from jaxdiff.tasks.text_model import TextModel
+from jaxdiff.training.collectives import collectives
+from jaxdiff.training.sharding import batch_sharding, make_mesh, replicated
+from jaxdiff.weights.tokenizer import train_tokenizer
+from tests.tasks import tiny_checkpoint
+from tests.tasks.families import FAMILIES, family
 
 ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 
-COMPILE_FOR_TPU = """
-import sys
-import jax, numpy as np
-from jax.experimental import topologies
-from jax.sharding import Mesh
-from jaxdiff.command_line import config_from_flags
-from jaxdiff.tasks.diffusion import DiffusionTask
-from jaxdiff.training.sharding import BATCH_AXES, make_mesh, make_runner
 
-config, _ = config_from_flags(sys.argv, "")
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-mesh = make_mesh(config.sharding, list(devices))
-task = DiffusionTask(config).trainable(mesh)
-state = jax.eval_shape(task.init, jax.random.key(0))
-runner = make_runner(task.make_update, state, mesh, "jit")
-b, s, c = config.training.batch_size, config.data.image_size, config.data.channels
-batch = {
-    "image": jax.ShapeDtypeStruct((b, s, s, c), np.uint8),
-    "label": jax.ShapeDtypeStruct((b,), np.int32),
-    "index": jax.ShapeDtypeStruct((b,), np.int32),
-}
-key = jax.eval_shape(lambda: jax.random.key(0))
-compiled = runner.step.lower(state, batch, key).compile()
-text = compiled.as_text()
-print("platform", devices[0].platform, "all-reduce" in text or "reduce-scatter" in text)
-print("bytes", compiled.memory_analysis().temp_size_in_bytes)
-"""
+# The real TPU compiler ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def v5e():
+    pytest.importorskip("libtpu")
+    from jaxdiff.tasks.targets import choose_target, open_target
+
+    choose_target("v5e:2x2")
+    return open_target("v5e:2x2")
 
 
 @pytest.mark.tpu
-def test_digits_step_compiles_for_a_v5e_slice():
-    """Ahead of time, by the real TPU compiler, over 4 chips."""
-    argv = ["--config=configs/digits.py", "--config.model.num_classes=10"]
-    result = subprocess.run(
-        [sys.executable, "-c", COMPILE_FOR_TPU, *argv], cwd=ROOT, capture_output=True, text=True, timeout=900,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "platform tpu True" in result.stdout
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_and_a_sampler_of_each_family_compile_for_a_v5e_slice(name, tmp_path, v5e):
+    """Ahead of time, over 4 chips."""
+    run = _open(family(name, tmp_path, **{"sampling.steps": 2}), tmp_path / "run", v5e)
+    step = _compile(run)
+    assert "all-reduce" in collectives(step.compiled.as_text())
+    assert run.kept < step.needed < v5e.room == 15.75 * 2**30
+    assert step.compiled.cost_analysis()["flops"] > 0
+    text = sampler(run).compile().as_text()
+    assert collectives(text) == {}  # every image is made where it stays
+
+
+@pytest.mark.tpu
+def test_what_does_not_fit_is_told_by_the_compiler(tmp_path, v5e):
+    run = _open(family("pixels", tmp_path), tmp_path / "run", v5e)
+    huge = {name: np.broadcast_to(array[:1], (2**22, *array.shape[1:])) for name, array in run.batch.items()}
+    step = _compile(dataclasses.replace(run, batch=huge))
+    assert step.compiled is None and step.needed > v5e.room
+
+
+def sampler(run):
+    """The program that makes images, lowered for the run's devices; of an autoencoder that which reconstructs them."""
+    task, mesh = run.task, run.mesh
+    settings = run.config.sampling
+    count = mesh.size * settings.batch_per_device
+    split, copied = batch_sharding(mesh), replicated(mesh)
+
+    def there(tree, where):
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=where), tree)
+
+    params = run.state.params
+    if isinstance(task, AutoencoderTask):
+        images = jax.ShapeDtypeStruct((count, *task.image_shape), np.uint8, sharding=split)
+        return jax.jit(task.reconstruct, out_shardings=split).lower(there(params, copied), images)
+    request = None
+    if isinstance(task, DiffusionTask):
+        params = jax.eval_shape(task.whole, params)
+        request = captions.request(task.tokenizer, ["a cat"] * count) if task.tokenizer else np.zeros(count, np.int32)
+    elif task.config.model.num_classes:
+        request = np.zeros(count, np.int32)
+    sample = task.make_sample(settings, task.is_guided(settings))
+
+    def program(params, seeds, request, knobs):
+        return to_uint8(sample(params, keys_of(seeds), request, knobs))
+
+    inputs = there((np.zeros(count, np.uint32), request), split)
+    knobs = there(jax.tree.map(np.asarray, task.make_knobs(settings)), copied)
+    return jax.jit(program, out_shardings=split).lower(there(params, copied), *inputs, knobs)
+
+
+# Lowering, which needs no compiler -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_step_of_every_config_lowers(name, tmp_path):
+    """As it is shipped, from shapes alone; of a progressive GAN the last stage's."""
+    update, arguments = shipped(name, tmp_path)
+    traced = jax.jit(update).trace(*arguments)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "stablehlo.convolution" in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_cifar10_step_lowers(platform, dtype, monkeypatch):
-    argv = ["train.py", f"--config={ROOT / 'configs' / 'cifar10.py'}", f"--config.model.dtype={dtype}"]
-    monkeypatch.setattr(sys, "argv", argv)
-    config, _ = config_from_flags(argv, "")
-    mesh = make_mesh(config.sharding, jax.devices()[:1])
-    task = DiffusionTask(config).trainable(mesh)
-    state = jax.eval_shape(task.init, jax.random.key(0))
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) == 35_746_307
-    traced = jax.jit(task.make_update(None)).trace(state, tiny_batch(config), jax.random.key(0))
-    text = traced.lower(lowering_platforms=(platform,)).as_text()
+def test_cifar10_step_lowers(platform, dtype, tmp_path):
+    update, arguments = shipped("cifar10.py", tmp_path, f"--config.model.dtype={dtype}")
+    assert sum(leaf.size for leaf in jax.tree.leaves(arguments[0].params)) == 35_746_307
+    text = jax.jit(update).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.convolution" in text
     assert ("bf16" in text) == (dtype == "bfloat16")
+
+
+def shipped(name, folder, *flags):
+    """Update of a config in configs/ and shapes to call it with; where it needs files, small ones stand in."""
+    argv = ["train.py", f"--config={ROOT / 'configs' / name}", *flags]
+    if name == "stable_diffusion_finetune.py":
+        argv.append(f"--config.model.pretrained={tiny_checkpoint.write(folder / 'sd')}")
+    config, _ = config_from_flags(argv, "")
+    parts = parts_of(config)
+    config = resolve_length(resolved(config, parts.pretrained) if parts.pretrained else config)
+    if config.model.num_classes == -1:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=10))
+    check(config)
+    task = make_task(config, parts)
+    trainable = task.trainable(make_mesh(config.sharding, jax.devices()[:1]))
+    count, side, stages = config.training.batch_size, config.data.image_size, trainable.stages
+    if stages:
+        count, side = stages[-1].batch_size, int(stages[-1].name.split("x")[0])
+    batch = {
+        "image": jax.ShapeDtypeStruct((count, side, side, config.data.channels), np.uint8),
+        "index": jax.ShapeDtypeStruct((count,), np.int32),
+    }
+    if parts.tokenizer is None:
+        batch["label"] = jax.ShapeDtypeStruct((count,), np.int32)
+    else:
+        batch["tokens"] = jax.ShapeDtypeStruct((count, parts.tokenizer.context_length), np.int32)
+    key = jax.eval_shape(jax.random.key, 0)
+    frozen = () if trainable.frozen is None else (trainable.frozen,)
+    update = trainable.make_update(None, number=len(stages) - 1) if stages else trainable.make_update(None)
+    return update, (jax.eval_shape(trainable.init, key), batch, key, *frozen)
+
+
+def parts_of(config):
+    """What a diffusion run takes besides its config."""
+    if config.model.pretrained:
+        pretrained = open_pretrained(config)
+        networks, shapes = pretrained.model.networks, pretrained.model.params
+        stage = dataclasses.replace(networks.first_stage, params=shapes["autoencoder"])
+        text = TextModel(networks.text_encoder, shapes["text_encoder"], pretrained.model.tokenizer, "")
+        return Parts(text.tokenizer, stage, text, pretrained, shapes["unet"] if config.lora.rank else None)
+    text, stage = config.text, None
+    tokenizer = train_tokenizer(["a red heart"], 520, text.context_length) if text.enabled else None
+    if config.autoencoder:  # that of the other config
+        other, _ = config_from_flags(["train.py", f"--config={ROOT / 'configs' / 'emoji_vae.py'}"], "")
+        task = AutoencoderTask(other)
+        stage = FirstStage(task.model, jax.eval_shape(task.init, jax.random.key(0)))
+    return Parts(tokenizer, stage)

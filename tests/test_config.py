@@ -109,14 +109,14 @@ def test_choices_are_those_of_the_library():
     from jaxdiff.diffusion.samplers import SAMPLERS, VARIANCES
     from jaxdiff.diffusion.timesteps import SPACINGS
     from jaxdiff.evaluation.extractors import EXTRACTORS
-    from jaxdiff.evaluation.scores import METRICS
+    from jaxdiff.tasks.evaluate import IMAGE_METRICS
 
     def choices(section, name):
         return get_args(next(f.type for f in section.__dataclass_fields__.values() if f.name == name))
 
     assert choices(config.EvaluationConfig, "extractor") == EXTRACTORS
-    assert config.TRAINING_METRICS == METRICS
-    assert choices(config.SamplingConfig, "sampler") == tuple(SAMPLERS)
+    assert config.TRAINING_METRICS == IMAGE_METRICS
+    assert choices(config.SamplingConfig, "sampler") == (*SAMPLERS, "file")
     assert choices(config.SamplingConfig, "variance") == VARIANCES
-    assert choices(config.SamplingConfig, "spacing") == SPACINGS
+    assert choices(config.SamplingConfig, "spacing") == (*SPACINGS, "file")
     assert choices(config.DiffusionConfig, "prediction") == PREDICTIONS

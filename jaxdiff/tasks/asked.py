@@ -4,16 +4,20 @@ import argparse
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import UInt8, UInt32
 
 from jaxdiff.config import ConfigError
+from jaxdiff.files import obstacle, replacing, save_gif, save_png
 from jaxdiff.generation.image_model import Request
 from jaxdiff.generation.inputs import read_image
+from jaxdiff.generation.pictures import image_grid
 from jaxdiff.generation.pipelines import IMAGE_STRENGTH, blend_request, condition_of, edit_request
 from jaxdiff.generation.sampling import first_step
 from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.stable_diffusion import DTYPES, StableDiffusion, open_stable_diffusion
+from jaxdiff.training.processes import is_first
 
 NUM = 16  # images of a run, where no number is given
 OF_MODELS = (
@@ -121,8 +125,8 @@ def check_place(args: argparse.Namespace) -> None:
     out, npz = pathlib.Path(args.out), pathlib.Path(args.npz or "x")
     if args.npz and npz.is_dir():
         raise ConfigError(f"--npz {npz}: it is a folder, and a file is to be written")
-    if not args.npz and out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: it is a file, and a folder is needed")
+    if problem := obstacle(npz.parent if args.npz else out):
+        raise ConfigError(f"--npz {npz}: {npz.parent}: {problem}" if args.npz else f"--out {out}: {problem}")
 
 
 def how_many(args: argparse.Namespace) -> int:
@@ -211,6 +215,27 @@ def _interpolation(args: argparse.Namespace, run: Run | StableDiffusion, num: in
     arrays = {"seeds": seeds, "weights": np.asarray(request.blend.weight)}
     arrays |= {} if labels is None else {"labels": np.repeat(labels, num)}
     return Asked(seeds, request, 1.0, np.arange(num, dtype=np.uint32), arrays)
+
+
+def write_images(args: argparse.Namespace, asked: Asked, images: UInt8[np.ndarray, "n h w c"]) -> str:
+    """Write the images as the flags say, and tell where. Of several processes each writes its share, the first the rest."""
+    if args.npz:
+        if is_first():
+            with replacing(args.npz) as temporary, temporary.open("wb") as file:
+                arrays: dict[str, Any] = {"images": images, **asked.arrays}
+                np.savez_compressed(file, **arrays)
+        return str(args.npz)
+    folder = pathlib.Path(args.out)
+    for i in range(jax.process_index(), len(images), jax.process_count()):
+        save_png(folder / f"{asked.names[i]:06d}.png", images[i])
+    written = [folder.parent / f"{folder.name}_grid.png"]
+    if is_first():
+        save_png(written[0], image_grid(images[:1024]))
+    if args.interpolate:
+        written.append(folder.parent / f"{folder.name}.gif")
+        if is_first():
+            save_gif(written[1], np.stack([image_grid(image[None], padding=0) for image in images]))
+    return f"{len(images)} PNG files to {folder}/ and {', '.join(map(str, written))}"
 
 
 def _read(flag: str, path: str) -> UInt8[np.ndarray, "h w c"]:

@@ -227,16 +227,16 @@ class AutoencoderTask:
         return Trainable(
             init,
             update,
-            self._pictures(preview),
+            self._pictures(mesh, preview),
             tuple(curves),
             frozen={} if self.perceptual is None else self.perceptual.params,
             publish=None if preview is None else functools.partial(self._publish, mesh, preview),
         )
 
-    def _pictures(self, images: ImageSet | None) -> Any:
+    def _pictures(self, mesh: Mesh, images: ImageSet | None) -> Any:
         """A row of originals above a row of what is made of them, by the moving average of the parameters."""
         shown = None if images is None else np.stack([images.image(i) for i in range(min(PREVIEW, len(images)))])
-        reconstruct = jax.jit(self.reconstruct)
+        reconstruct = jax.jit(self.reconstruct, out_shardings=replicated(mesh))
 
         def pictures(state: AdversarialState) -> dict[str, UInt8[np.ndarray, "h w c"]]:
             if shown is None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxdiff.config import Config, ConfigError, TextConfig
 from jaxdiff.data.sources import Source
-from jaxdiff.files import write_text
+from jaxdiff.files import read_json, write_text
 from jaxdiff.generation.prompts import request as request
 from jaxdiff.generation.prompts import tokens_of
 from jaxdiff.weights.tokenizer import Tokenizer, train_tokenizer
@@ -66,7 +66,7 @@ def prepare(
 def read(workdir: pathlib.Path) -> tuple[Tokenizer, list[str]]:
     """Tokenizer and captions of a run. Raises ConfigError naming the file that is missing or damaged."""
     try:
-        captions = json.loads((workdir / KEPT).read_text())
+        captions = read_json(workdir / KEPT)
         if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions) or not captions:
             raise ValueError("it must hold a list of captions")
     except (OSError, ValueError) as error:

@@ -174,6 +174,7 @@ class DiffusionTask:
             conditions=self.conditions,
             mask_channels=diffusion.inpainting,
             num_classes=self.num_classes,
+            scheduler=None if self.pretrained is None else self.pretrained.scheduler,
             **self._first_stage_functions(),
         )
 
@@ -219,8 +220,11 @@ class DiffusionTask:
         return f"rank {lora.rank}, scale {self.lora_scale:g}, of {where} ({', '.join(lora.targets)})"
 
     def describe_sampling(self, settings: SamplingConfig) -> str:
-        """How samples are made, in words."""
-        return f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
+        """How samples are made, in words. Raises ConfigError for what the checkpoint that training began from cannot do."""
+        if self.pretrained is not None:
+            self.pretrained.model.check(settings)
+        sampler = sampling.sampler_of(self.image_model.scheduler, settings)
+        return f"{sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
 
     @property
     def conditional(self) -> bool:
@@ -358,7 +362,7 @@ class DiffusionTask:
 
     def make_knobs(self, settings: SamplingConfig, strength: float = 1.0) -> dict[str, Any]:
         """The numbers of `settings`, and image to image's strength, that may change without a recompilation."""
-        return sampling.make_knobs(self.schedule, settings, strength)
+        return sampling.knobs_of(self.image_model, settings, strength)
 
     def likelihoods(self, ode_steps: int) -> dict[str, Any]:
         """Functions (params, images, requests, keys) -> {name: bits/dim of each image}, by a note on what they do.

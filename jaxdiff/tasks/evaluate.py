@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 
 from jaxdiff.config import Config, SamplingConfig
 from jaxdiff.data.sources import open_source
-from jaxdiff.evaluation.collect import Batch, provenance_of
+from jaxdiff.evaluation.collect import provenance_of
 from jaxdiff.evaluation.extractors import Extractor
 from jaxdiff.evaluation.images import ImageSet, open_images
 from jaxdiff.evaluation.scores import (
@@ -23,7 +23,6 @@ from jaxdiff.evaluation.scores import (
     warnings,
 )
 from jaxdiff.evaluation.statistics import Provenance, Statistics, is_statistics, load_statistics
-from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.likelihood import images_for_likelihood, likelihood_scores
 from jaxdiff.tasks.pixels import AT_ONCE, CUSTOMARY, Onlooker, check_pixels
@@ -36,11 +35,13 @@ from jaxdiff.tasks.score import (
     Scorer,
     cached_statistics,
     local_mesh,
+    look,
     sample_shape,
     samples_name,
     samples_of,
     training_images,
 )
+from jaxdiff.training.processes import is_first
 
 IMAGE_METRICS = (*METRICS, *PIXEL_METRICS)  # of any images
 ALL_METRICS = (*IMAGE_METRICS, "bpd", *RECONSTRUCTION_METRICS)
@@ -108,7 +109,7 @@ def evaluate_images(
         onlooker = Onlooker(pixels, len(images), shape, theirs, options.seed)
     if scorer is None:
         batches = images.share(jax.process_index(), jax.process_count()).batches(AT_ONCE)
-        _look(onlooker.watch(batches, AT_ONCE), len(images), "looking")
+        look(onlooker.watch(batches, AT_ONCE), len(images), "looking")
         provenance = Provenance(num_images=len(images), data=images.description, seed=images.seed)
         return _pixel_results(metrics, onlooker, provenance, options, None)
     spatial, statistics = "sfid" in metrics, None
@@ -149,7 +150,7 @@ def evaluate_samples(
         onlooker = Onlooker(pixels, num, shape, theirs, options.seed)
     if scorer is None:
         batches = samples_of(run, num, seed, sampling, local_mesh(run.task.config), onlooker)
-        _look(batches, num, "sampling")
+        look(batches, num, "sampling")
         provenance = Provenance(num_images=num, data=samples_name(run, num), seed=seed)
         return _pixel_results(metrics, onlooker, provenance, options, sampling)
     spatial, statistics = "sfid" in metrics, None
@@ -173,13 +174,6 @@ def _checked(metrics: Sequence[str], scorer: Scorer | None) -> list[str]:
     if scorer is not None:
         check_extractor(features, scorer.extractor)
     return features
-
-
-def _look(batches: Iterable[Batch], total: int, name: str) -> None:
-    """Let all batches pass, under a progress bar."""
-    with progress_bar(0, total, name, unit="image") as bar:
-        for _, count in batches:
-            bar.update(count * jax.process_count())
 
 
 def _check(
@@ -309,5 +303,6 @@ def evaluate_reconstructions(
 def make_reference(images: ImageSet, scorer: Scorer, path: pathlib.Path) -> Results:
     """Write the statistics of images (with the first 10,000 features) to a file. Raises ValueError with one line."""
     statistics, preview = scorer.of_images(images, spatial=True)
-    statistics.save(path)
+    if is_first():
+        statistics.save(path)
     return Results([], statistics.provenance, preview=preview)

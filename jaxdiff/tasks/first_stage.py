@@ -20,16 +20,18 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from jaxdiff.config import ConfigError
-from jaxdiff.files import write_text
+from jaxdiff.files import read_json, write_text
 from jaxdiff.models.gaussian import Gaussian
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.training.state import Params
 from jaxdiff.weights.names import autoencoder_rules, to_ours, to_theirs
+from jaxdiff.weights.single_file import MOST_BLOCKS, MOST_LEVELS
 from jaxdiff.weights.tensors import read_tensors, write_tensors
 
 FOLDER = "autoencoder"  # of a workdir
 CONFIG, TENSORS = "config.json", "diffusion_pytorch_model.safetensors"
 CLASS_NAME = "AutoencoderKL"
+MOST = 2**20  # channels: kept below this, a damaged file cannot make anybody count for hours
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +72,7 @@ class FirstStage:
         """What it is, in words."""
         return (
             f"AutoencoderKL, f = {self.model.downsampling}, {self.model.latent_channels} channels, "
-            f"scaling factor {self.scaling_factor:.5g}, SHA-256 {self.sha256[:12]}..."
+            f"scaling factor {self.scaling_factor:.5g}" + f", SHA-256 {self.sha256[:12]}..." * bool(self.sha256)
         )
 
 
@@ -111,11 +113,12 @@ def load_first_stage(path: str | pathlib.Path) -> FirstStage:
     """
     folder = find_folder(pathlib.Path(path).expanduser())
     try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = read_json(folder / CONFIG)
         if not isinstance(config, dict):
             raise ValueError("it must hold a JSON object")
         model = autoencoder_from_config(config)
         scale, shift = scale_and_shift(config)
+        mean, std = (_numbers(config, f"latents_{name}") for name in ("mean", "std"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from error
     try:
@@ -127,8 +130,14 @@ def load_first_stage(path: str | pathlib.Path) -> FirstStage:
         message = str(error)
         raise ConfigError(message if str(folder) in message else f"{folder / TENSORS}: {message}") from error
     sha256 = digest_of(model, scale, shift, tensors)
-    mean, std = (tuple(float(v) for v in config.get(f"latents_{name}") or ()) for name in ("mean", "std"))
     return FirstStage(model, params, scale, shift, mean, std, sha256)
+
+
+def _numbers(config: dict[str, Any], name: str) -> tuple[float, ...]:
+    values = config.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
+        raise ValueError(f"{name} = {str(values)[:80]} must be a list of numbers")
+    return tuple(map(float, values))
 
 
 def digest_of(model: AutoencoderKL, scale: float, shift: float, tensors: Mapping[str, np.ndarray]) -> str:
@@ -182,7 +191,11 @@ def keep_first_stage(path: str, workdir: pathlib.Path, write: bool = True) -> Fi
 def _shapes(model: AutoencoderKL) -> Any:
     size = model.downsampling
     image = jnp.zeros((1, size, size, model.image_channels))
-    return jax.eval_shape(functools.partial(model.init, jax.random.key(0)), image)["params"]
+    try:
+        return jax.eval_shape(functools.partial(model.init, jax.random.key(0)), image)["params"]
+    except Exception as error:  # Flax and JAX raise every kind for sizes that do not go together
+        what = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise ValueError(f"its {CONFIG} describes no possible network ({what})") from error
 
 
 def _to_config(model: AutoencoderKL, image_size: int) -> dict[str, Any]:
@@ -212,8 +225,10 @@ def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:
     if config.get("_class_name", CLASS_NAME) != CLASS_NAME:
         raise ValueError(f"a {config['_class_name']}, not an {CLASS_NAME}")
     widths = config.get("block_out_channels", [64])
-    if not isinstance(widths, list) or not widths or not all(isinstance(w, int) and w > 0 for w in widths):
-        raise ValueError(f"block_out_channels = {widths!r} must hold positive integers")
+    if not isinstance(widths, list) or not all(type(w) is int and 0 < w <= MOST for w in widths):
+        raise ValueError(f"block_out_channels = {str(widths)[:80]} must hold positive integers")
+    if not 1 <= len(widths) <= MOST_LEVELS:
+        raise ValueError(f"block_out_channels must hold 1 to {MOST_LEVELS} numbers, not {len(widths):,}")
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels = {widths} must be multiples of the first")
     if config.get("use_quant_conv", True) != config.get("use_post_quant_conv", True):
@@ -225,8 +240,9 @@ def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:
     counts = {"layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 32, "in_channels": 3}
     values = {name: config.get(name, default) for name, default in counts.items()}
     for name, value in values.items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} = {value!r} must be a positive integer")
+        most = MOST_BLOCKS if name == "layers_per_block" else MOST
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} = {str(value)[:80]} must be a positive integer, at most {most:,}")
     return AutoencoderKL(
         image_channels=values["in_channels"],
         latent_channels=values["latent_channels"],
@@ -234,7 +250,7 @@ def autoencoder_from_config(config: dict[str, Any]) -> AutoencoderKL:
         channel_multipliers=tuple(width // widths[0] for width in widths),
         num_res_blocks=values["layers_per_block"],
         norm_groups=values["norm_num_groups"],
-        quant_conv=config.get("use_quant_conv", True),
+        quant_conv=bool(config.get("use_quant_conv", True)),
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import UInt8
 
 from jaxdiff.evaluation.images import ImageSet
+from jaxdiff.evaluation.moments import interleave_processes
 from jaxdiff.evaluation.scores import Score
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.run import Run
@@ -26,7 +27,11 @@ def likelihood_scores(
     seed: int = 0,
     ode_steps: int = 128,
 ) -> list[Score]:
-    """Mean and standard error over the images. An image's value depends on its place in the list and `seed` alone."""
+    """Mean and standard error over the images. An image's value depends on its place in the list and `seed` alone.
+
+    `mesh`: devices of this process, which takes its share of the images.
+    """
+    mine = np.arange(jax.process_index(), len(images), jax.process_count())
     split, copied = NamedSharding(mesh, P(mesh.axis_names)), NamedSharding(mesh, P())
     params = jax.device_put(run.params, copied)
     batch, scores = mesh.size * batch_per_device, []
@@ -39,14 +44,14 @@ def likelihood_scores(
         compiled = jax.jit(program, in_shardings=(copied, split, split, split), out_shardings=split)
         values = []
         with progress_bar(0, len(images), note.split(",")[0], unit="image") as bar:
-            for start in range(0, len(images), batch):
-                rows = np.minimum(np.arange(start, start + batch), len(images) - 1)  # the last batch is padded
+            for start in range(0, max(1, len(mine)), batch):
+                rows = np.resize(np.append(mine[start : start + batch], 0), batch)  # the last batch is padded
                 parts = jax.device_put((images[rows], jax.tree.map(lambda a, r=rows: a[r], requests), rows), split)
-                count = min(batch, len(images) - start)
+                count = min(batch, len(mine) - start)
                 values.append({name: np.asarray(v)[:count] for name, v in compiled(params, *parts).items()})
-                bar.update(count)
+                bar.update(count * jax.process_count())
         for name in values[0]:
-            found = np.concatenate([part[name] for part in values]).astype(np.float64)
+            found = interleave_processes(np.concatenate([part[name] for part in values])).astype(np.float64)
             error = float(found.std(ddof=1) / np.sqrt(len(found))) if len(found) > 1 else None
             scores.append(Score(name, float(found.mean()), error, "standard error over the images", note))
     return scores

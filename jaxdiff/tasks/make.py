@@ -1,6 +1,10 @@
 """The task that a config names."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
 
 from jaxdiff.config import Config
 from jaxdiff.tasks.autoencoder import AutoencoderTask
@@ -37,6 +41,16 @@ def make_task(config: Config, parts: Parts | None = None) -> Task:
         return ProgressiveGANTask(config)
     parts = parts or Parts()
     return DiffusionTask(config, parts.tokenizer, parts.first_stage, parts.text_model, parts.pretrained, parts.unet)
+
+
+def plain_update(config: Config, parts: Parts, mesh: Mesh, stage: int) -> Callable[..., Any]:
+    """The update of a stage with nothing recomputed, accumulated or fused: one whose operations XLA can count."""
+    model = dataclasses.replace(config.model, remat=False, attention_implementation="xla")
+    training = dataclasses.replace(config.training, accumulation_steps=1)
+    if parts.pretrained is not None:
+        parts = dataclasses.replace(parts, pretrained=parts.pretrained.plain)
+    trainable = make_task(dataclasses.replace(config, model=model, training=training), parts).trainable(mesh)
+    return trainable.make_update(None, number=stage) if trainable.stages else trainable.make_update(None)
 
 
 def at_step(task: Task, step: int) -> Task:

@@ -47,6 +47,13 @@ class Pretrained:
         return self.model.networks.unet
 
     @property
+    def plain(self) -> "Pretrained":
+        """The same with a U-Net that recomputes nothing and fuses no attention."""
+        networks = self.model.networks
+        unet = networks.unet.clone(remat=False, attention_implementation="xla")
+        return Pretrained(dataclasses.replace(self.model, networks=dataclasses.replace(networks, unet=unet)))
+
+    @property
     def scheduler(self) -> dict[str, Any]:
         """The scheduler_config.json, with the prediction that the user has said."""
         return cast(dict[str, Any], json.loads(self.model.networks.scheduler))
@@ -111,7 +118,10 @@ def open_pretrained(config: Config, workdir: pathlib.Path | None = None) -> Pret
 
 
 def resolved(config: Config, pretrained: Pretrained) -> Config:
-    """The config with what the checkpoint says in the place of what it cannot choose. Raises ConfigError."""
+    """The config with what the checkpoint says in the place of what it cannot choose.
+
+    Raises ConfigError, also for a way to sample that its scheduler's file does not allow.
+    """
     networks, checkpoint = pretrained.model.networks, pretrained.model.checkpoint
     unet, text_encoder = networks.unet, networks.text_encoder
     file = pretrained.scheduler
@@ -155,6 +165,7 @@ def resolved(config: Config, pretrained: Pretrained) -> Config:
         num_heads=text_encoder.num_heads,
         pooled=False,
     )
+    pretrained.model.check(config.sampling)
     return dataclasses.replace(config, diffusion=diffusion, model=model, text=text)
 
 

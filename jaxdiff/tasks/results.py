@@ -15,8 +15,9 @@ from jaxtyping import UInt8
 from jaxdiff.config import ConfigError, SamplingConfig
 from jaxdiff.evaluation.scores import Options, Score
 from jaxdiff.evaluation.statistics import Provenance
-from jaxdiff.files import replacing, write_text
+from jaxdiff.files import read_json, replacing, write_text
 from jaxdiff.generation.pictures import image_grid
+from jaxdiff.training.processes import is_first
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,7 +50,12 @@ class Results:
         return "\n".join(lines)
 
     def save(self, path: pathlib.Path) -> list[pathlib.Path]:
-        """Add the scores to the list in the JSON file `path`; draw evaluation.png beside it. Returns what was written."""
+        """Add the scores to the list in the JSON file `path`; draw evaluation.png beside it. Returns what was written.
+
+        Of several processes the first one writes.
+        """
+        if not is_first():
+            return []
         entry = {"time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
         fields = ("scores", "images", "reference", "options", "sampling")
         entry |= {name: _plain(getattr(self, name)) for name in fields}
@@ -95,7 +101,7 @@ def read_results(path: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        entries = json.loads(path.read_text())
+        entries = read_json(path)
     except ValueError as error:
         raise ConfigError(f"{path}: not a results file ({error}): move it away") from error
     if not isinstance(entries, list):

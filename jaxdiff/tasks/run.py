@@ -1,7 +1,6 @@
 """A run and its workdir: opening one to make images with it."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,10 +11,11 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from jaxdiff.config import Config, ConfigError, SamplingConfig, to_config
+from jaxdiff.files import read_json
 from jaxdiff.generation.generate import make_generator
 from jaxdiff.generation.image_model import ImageModel, Request
 from jaxdiff.generation.pipelines import IMAGE_STRENGTH, Prompts, blend_request, condition_of, edit_request, gathered
-from jaxdiff.generation.sampling import make_knobs
+from jaxdiff.generation.sampling import knobs_of
 from jaxdiff.tasks import captions
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.first_stage import FOLDER as AUTOENCODER
@@ -35,8 +35,8 @@ def read_config(workdir: pathlib.Path) -> Config:
     if not path.is_file():
         raise ConfigError(f"{path} not found: {workdir} is not the workdir of a run")
     try:
-        return to_config(json.loads(path.read_text()))
-    except (ValueError, UnicodeDecodeError) as error:
+        return to_config(read_json(path))
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -173,7 +173,7 @@ class Run:
         generate = make_generator(sample, mesh, settings.batch_per_device)
         knobs = self.task.make_knobs(settings)
         if isinstance(request, Request) and not isinstance(self.task, ProgressiveGANTask):
-            knobs = make_knobs(self.model.schedule, settings, strength)
+            knobs = knobs_of(self.model, settings, strength)
         return generate(self.params, seeds, request, knobs)
 
     def make(
@@ -191,10 +191,21 @@ class Run:
 def load_run(workdir: str | pathlib.Path) -> Run:
     """Open a run to make images with its newest checkpoint. Raises ConfigError or CheckpointError with one clear line."""
     workdir = pathlib.Path(workdir)
+    class_names = read_class_names(workdir)
     task, step, params, kept = restore_run(workdir)
-    names = workdir / "classes.json"
-    class_names = tuple(json.loads(names.read_text())) if names.is_file() else ()
     return Run(at_step(task, step), whole(task, params), step, class_names, tuple(kept))
+
+
+def read_class_names(workdir: pathlib.Path) -> tuple[str, ...]:
+    """The names of a run's classes, as its data had them. Raises ConfigError naming the file where it is damaged."""
+    path = workdir / "classes.json"
+    try:
+        names = read_json(path) if path.is_file() else []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError("it must hold a list of names")
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return tuple(names)
 
 
 def restore_run(workdir: pathlib.Path) -> tuple[Task, int, Any, list[str]]:

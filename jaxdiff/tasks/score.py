@@ -21,9 +21,12 @@ from jaxdiff.evaluation.scores import NEED_REFERENCE, score
 from jaxdiff.evaluation.statistics import Provenance, Statistics, load_statistics
 from jaxdiff.generation.generate import keys_of, make_device_generator
 from jaxdiff.progress import progress_bar
+from jaxdiff.tasks.autoencoder import host_copy
 from jaxdiff.tasks.make import Task, at_step
-from jaxdiff.tasks.pixels import Onlooker
+from jaxdiff.tasks.pixels import METRICS as PIXEL_METRICS
+from jaxdiff.tasks.pixels import Onlooker, check_pixels
 from jaxdiff.tasks.run import Run, whole
+from jaxdiff.training.processes import agreed, is_first
 from jaxdiff.training.sharding import make_mesh
 
 KEEP = 10_000  # features kept with reference statistics, for KID and for precision and recall
@@ -96,6 +99,13 @@ def samples_of(
     return onlooker.watch(sample(run.params, seed + mine, requests), mesh.size * settings.batch_per_device)
 
 
+def look(batches: Iterable[Batch], total: int, name: str) -> None:
+    """Let all batches pass, under a progress bar."""
+    with progress_bar(0, total, name, unit="image") as bar:
+        for _, count in batches:
+            bar.update(count * jax.process_count())
+
+
 def sample_shape(run: Run, settings: SamplingConfig) -> tuple[int, ...]:
     """Height, width and channels of a run's samples; nothing is computed."""
     task = run.task
@@ -126,15 +136,17 @@ def training_images(config: Config, source: Source, size: int | None = None) -> 
 def cached_statistics(path: pathlib.Path, images: ImageSet, scorer: Scorer, spatial: bool) -> Statistics:
     """Statistics of `images` from the file at `path` if it holds them, else worked out and written there."""
     wanted = dataclasses.replace(provenance_of(scorer.extractor, images.description), num_images=len(images))
-    if path.is_file():
+    if agreed(path.is_file()):
         try:
             found = load_statistics(path)
         except ValueError:
             found = None  # it is only a copy of what can be worked out again
-        if found is not None and found.provenance == wanted and (found.spatial_mean is not None or not spatial):
+        fits = found is not None and found.provenance == wanted and (found.spatial_mean is not None or not spatial)
+        if agreed(fits):
+            assert found is not None
             return found
     statistics, _ = scorer.of_images(images, spatial=spatial)
-    if jax.process_index() == 0:
+    if is_first():
         statistics.save(path)
     return statistics
 
@@ -147,23 +159,53 @@ def make_training_scores(
     mesh: Mesh,
     workdir: pathlib.Path,
 ) -> Callable[[Any], dict[str, float]]:
-    """A function from a training state to its scores; the training data's statistics are worked out once and kept."""
+    """A function from a training state to its scores; the training data's statistics are worked out once and kept.
+
+    Images that have not grown yet to a size of which swd or ms_ssim can be told are not scored by them.
+    """
+    local = local_mesh(task.config) if mesh.is_multi_process else mesh
+    features = [name for name in config.metrics if name not in PIXEL_METRICS]
+    pixels = [name for name in config.metrics if name in PIXEL_METRICS]
+    images, scorer, spatial = training_images(task.config, source), None, "sfid" in features
     try:
-        scorer = Scorer(load_extractor(config.extractor, config.weights or None), mesh, config.batch_per_device)
+        check_pixels(pixels, "samples", images.image(0).shape, config.num_images, images)
+        if features:
+            scorer = Scorer(load_extractor(config.extractor, config.weights or None), local, config.batch_per_device)
     except ValueError as error:
         raise ConfigError(f"config.evaluation: {error}") from error
-    metrics, spatial = list(config.metrics), "sfid" in config.metrics
     reference: Statistics | None = None
-    if any(name in NEED_REFERENCE for name in metrics):
+    if scorer is not None and any(name in NEED_REFERENCE for name in features):
         path = workdir / f"reference-{scorer.extractor.name}.npz"
-        reference = cached_statistics(path, training_images(task.config, source), scorer, spatial)
+        reference = cached_statistics(path, images, scorer, spatial)
+    settings = dataclasses.replace(task.config.sampling, resolution=0)  # as many pixels as there are by then
+
+    def onlooker_of(run: Run) -> Onlooker:
+        shape = sample_shape(run, settings)
+        theirs = training_images(task.config, source, shape[0])
+        fitting = [name for name in pixels if _can_score(name, shape, config.num_images, theirs)]
+        return Onlooker(fitting, config.num_images, shape, theirs if "swd" in fitting else None)
 
     def scores(state: Any) -> dict[str, float]:
         step = int(state.step)
-        run = Run(at_step(task, step), whole(task, state.ema_params), step, (), tuple(captions))
-        keep = None if {"kid", "pr"} & set(metrics) else 0
-        generated, _ = scorer.of_run(run, config.num_images, 0, task.config.sampling, keep, spatial)
-        found = score(metrics, generated, reference)
-        return {scorer.extractor.score_name(s.name): s.value for s in found}
+        params = whole(task, state.ema_params)
+        params = host_copy(params, mesh) if mesh.is_multi_process else params
+        run = Run(at_step(task, step), params, step, (), tuple(captions))
+        onlooker, found = onlooker_of(run), {}
+        if scorer is not None:
+            keep = None if {"kid", "pr"} & set(features) else 0
+            generated, _ = scorer.of_run(run, config.num_images, 0, settings, keep, spatial, onlooker)
+            named = score(features, generated, reference)
+            found = {scorer.extractor.score_name(s.name): s.value for s in named}
+        elif onlooker.metrics:
+            look(samples_of(run, config.num_images, 0, settings, local, onlooker), config.num_images, "sampling")
+        return found | {s.name: s.value for of_metric in onlooker.scores().values() for s in of_metric}
 
     return scores
+
+
+def _can_score(metric: str, shape: tuple[int, ...], num: int, reference: ImageSet) -> bool:
+    try:
+        check_pixels([metric], "samples", shape, num, reference)
+    except ValueError:
+        return False
+    return True

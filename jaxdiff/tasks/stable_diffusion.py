@@ -8,7 +8,7 @@ import functools
 import json
 import pathlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import jax
@@ -18,10 +18,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, UInt8
 
 from jaxdiff.config import ConfigError, SamplingConfig, ShardingConfig
-from jaxdiff.generation.foreign_schedule import CLASSES, PREDICTION_TYPES, training_schedule
+from jaxdiff.generation.foreign_schedule import CLASSES, PREDICTION_TYPES, own_sampler, training_schedule
 from jaxdiff.generation.image_model import ImageModel, Known, Request
 from jaxdiff.generation.pipelines import make_images
-from jaxdiff.generation.sampling import AS_FILED, make_recipe
+from jaxdiff.generation.sampling import AS_FILED, OTHER_SAMPLER, filed_sampler, make_recipe, sampler_of
 from jaxdiff.models.attention import AttentionImplementation
 from jaxdiff.models.lora import merge
 from jaxdiff.models.text_encoder import CLIPTextEncoder
@@ -50,7 +50,7 @@ DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
 # Our name of a component's parameters -> the checkpoint's.
 PARTS: dict[str, ComponentName] = {"unet": "unet", "autoencoder": "vae", "text_encoder": "text_encoder"}
 STEPS, GUIDANCE = 50, 7.5
-OTHER_SAMPLER = "dpm++2m"  # where the file's own scheduler is not among ours
+LARGEST = 2**14  # pixels a side
 
 # Options of diffusers' UNet2DConditionModel at the only values that Stable Diffusion 1 and 2 have.
 ONLY: dict[str, Any] = {
@@ -206,8 +206,8 @@ class StableDiffusion:
         height, width = self.height if height is None else height, self.width if width is None else width
         multiple = self.networks.multiple
         for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                near = max(1, round(value / multiple)) * multiple
+            if value < multiple or value % multiple or value > LARGEST:
+                near = min(max(1, round(value / multiple)) * multiple, LARGEST // multiple * multiple)
                 raise ConfigError(
                     f"{name} {value}: this model makes images of multiples of {multiple} pixels, as {near}"
                 )
@@ -276,7 +276,8 @@ class StableDiffusion:
 
     def describe_sampling(self, settings: SamplingConfig) -> str:
         """How images are made, in words."""
-        return f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
+        sampler = sampler_of(self.model.scheduler, settings)
+        return f"{sampler}, {settings.steps} steps, guidance {settings.guidance:g}"
 
     def __repr__(self) -> str:
         return f"StableDiffusion({str(self.checkpoint.path)!r}: {self.describe()})"
@@ -350,14 +351,18 @@ def open_stable_diffusion(
     for note in _notes(checkpoint, scheduler, tokenizer, prediction):
         print(f"note: {checkpoint.path}: {note}", file=sys.stderr)
     settings = SamplingConfig(
-        sampler=cast(Any, _own_sampler(scheduler) or OTHER_SAMPLER),
+        sampler=cast(Any, filed_sampler(scheduler)),
         steps=STEPS,
         spacing=AS_FILED,
         guidance=GUIDANCE,
         clip="none",
         batch_per_device=1,
     )
-    shapes = _shapes(networks)
+    try:
+        shapes = _shapes(networks)
+    except Exception as error:  # Flax and JAX raise every kind for sizes that do not go together
+        what = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise ConfigError(f"{checkpoint.path}: its configs describe no possible network ({what})") from error
     for part, component in PARTS.items():
         try:
             match(checkpoint.tensors[component], checkpoint.rules[component], shapes[part])
@@ -382,7 +387,7 @@ def unet_from_config(config: Config) -> UNet:
     attends = [kind == "CrossAttnDownBlock2D" for kind in types[0]]
     expected = [["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attends]]
     expected.append([kind.replace("Down", "Up") for kind in reversed(expected[0])])
-    if [list(kinds) for kinds in types] != expected or len(attends) != len(widths):
+    if types != expected or len(attends) != len(widths):
         raise ValueError(f"unet: down_block_types {types[0]} and up_block_types {types[1]} are not supported")
     counts = {"layers_per_block": 2, "cross_attention_dim": 1280, "norm_num_groups": 32}
     numbers = {key: _positive(config, key, default) for key, default in counts.items()}
@@ -397,8 +402,8 @@ def unet_from_config(config: Config) -> UNet:
         head_dim=head_dim,
         context_dim=numbers["cross_attention_dim"],
         norm_groups=numbers["norm_num_groups"],
-        norm_epsilon=float(config.get("norm_eps", 1e-5)),
-        frequency_shift=float(config.get("freq_shift", 0)),
+        norm_epsilon=_number(config, "norm_eps", 1e-5),
+        frequency_shift=_number(config, "freq_shift", 0),
         cosine_first=bool(config.get("flip_sin_to_cos", True)),
     )
 
@@ -433,6 +438,13 @@ def _positive(config: Config, key: str, default: int) -> int:
     return value
 
 
+def _number(config: Config, key: str, default: float) -> float:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e6:
+        raise ValueError(f"unet: {key} = {str(value)[:60]} must be a number")
+    return float(value)
+
+
 def _size(config: Config, downsampling: int) -> tuple[int, int]:
     """Height and width in pixels that the model was trained for."""
     side = config.get("sample_size") or 64
@@ -460,11 +472,6 @@ def _prediction_type(prediction: str) -> str:
     return theirs[prediction]
 
 
-def _own_sampler(scheduler: Mapping[str, Any]) -> str | None:
-    """Our name of the file's scheduler; None where it is not among ours."""
-    return next((name for name, theirs in CLASSES.items() if theirs == scheduler.get("_class_name")), None)
-
-
 def _trained_with(scheduler: Config) -> Config:
     """The file with a class that knows all its options of training, whatever class it names."""
     return scheduler | {"_class_name": CLASSES["ddim"]}
@@ -474,7 +481,7 @@ def _notes(checkpoint: Checkpoint, scheduler: Config, tokenizer: Any, prediction
     """What had to be supposed, less what the user has said."""
     said = ["has no tokenizer"] * (tokenizer is not None) + ["what the U-Net predicts"] * (prediction is not None)
     notes = [note for note in checkpoint.notes if not any(words in note for words in said)]
-    if _own_sampler(scheduler) is None:
+    if own_sampler(scheduler) is None:
         notes.append(
             f"its {scheduler.get('_class_name')} is not among the samplers here: {OTHER_SAMPLER} takes its place"
         )
@@ -497,7 +504,7 @@ def _tokenizer(
         folder, where = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder, str(folder)
         try:
             tokenizer = Tokenizer.load(folder)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{folder}: {error}") from error
     if tokenizer.vocabulary_size > text_encoder.vocabulary_size:
         known = f"{text_encoder.vocabulary_size:,}"

@@ -13,14 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxdiff.config import ConfigError
+from jaxdiff.files import read_json
 from jaxdiff.models.text_encoder import ACTIVATIONS, CLIPTextEncoder
 from jaxdiff.training.state import Params
 from jaxdiff.weights.names import text_encoder_rules, to_ours
+from jaxdiff.weights.single_file import MOST_LAYERS
 from jaxdiff.weights.tensors import read_tensors
 from jaxdiff.weights.tokenizer import FILES, Tokenizer
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # folders, of a workdir as of a Stable Diffusion checkpoint
 CONFIG, TENSORS = "config.json", "model.safetensors"
+MOST = 2**20  # of any size: kept below this, a damaged file cannot make anybody count for hours
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +37,8 @@ class TextModel:
 
     def describe(self) -> str:
         """What it is, in words."""
-        return f"CLIP text encoder, {self.model.num_layers} layers of {self.model.width}, SHA-256 {self.sha256[:12]}..."
+        known = f", SHA-256 {self.sha256[:12]}..." * bool(self.sha256)
+        return f"CLIP text encoder, {self.model.num_layers} layers of {self.model.width}{known}"
 
 
 def load_text_model(path: str | pathlib.Path) -> TextModel:
@@ -44,7 +48,7 @@ def load_text_model(path: str | pathlib.Path) -> TextModel:
     """
     encoder, tokenizer_folder = find_folders(pathlib.Path(path).expanduser())
     try:
-        config = json.loads((encoder / CONFIG).read_text())
+        config = read_json(encoder / CONFIG)
         if not isinstance(config, dict):
             raise ValueError("it must hold a JSON object")
         model = text_encoder_from_config(config)
@@ -132,8 +136,9 @@ def text_encoder_from_config(config: dict[str, Any]) -> CLIPTextEncoder:
     }
     values = {name: config.get(name, default) for name, default in defaults.items()}
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} = {value!r} must be a positive integer")
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"{name} = {str(value)[:80]} must be a positive integer, at most {most:,}")
     width, activation = values["hidden_size"], config.get("hidden_act", "quick_gelu")
     if values["intermediate_size"] != 4 * width:
         raise ValueError(f"intermediate_size = {values['intermediate_size']} must be 4 times hidden_size = {width}")

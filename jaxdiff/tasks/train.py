@@ -1,6 +1,7 @@
 """Starting a run in a workdir, or going on with it."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -19,8 +20,9 @@ from jaxdiff.files import write_text
 from jaxdiff.tasks import captions
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.first_stage import keep_first_stage
+from jaxdiff.tasks.fitting import fitting_mesh
 from jaxdiff.tasks.latents import check_stage
-from jaxdiff.tasks.make import Parts, Task, make_task
+from jaxdiff.tasks.make import Parts, Task, make_task, plain_update
 from jaxdiff.tasks.pretrained import Pretrained, frozen_on_devices, keep_pretrained, open_pretrained, resolved
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask, resolve_length
 from jaxdiff.tasks.reconstruct import make_training_reconstruction_scores
@@ -29,7 +31,9 @@ from jaxdiff.tasks.score import make_training_scores, training_images
 from jaxdiff.tasks.text_model import keep_text_model
 from jaxdiff.tasks.vae import PREVIEW
 from jaxdiff.training import loop
+from jaxdiff.training.lock import holding
 from jaxdiff.training.sharding import check_batch, make_mesh
+from jaxdiff.weights.tokenizer import Tokenizer
 
 
 def resolve_classes(config: Config, source: Source) -> Config:
@@ -116,14 +120,15 @@ def _pretrained_parts(
     """What a run takes from a Stable Diffusion checkpoint, frozen parts on the devices, and captions. Raises ConfigError."""
     stage = pretrained.first_stage()
     check_stage(stage, config)
-    _check_latents(config, source, stage.sha256, f"config.model.pretrained = {config.model.pretrained!r}")
+    check_latents(config, source, stage.sha256, f"config.model.pretrained = {config.model.pretrained!r}")
     sha256 = keep_pretrained(pretrained, config, workdir, write)
     tokenizer, kept = captions.prepare(config, source, workdir, write, pretrained.model.tokenizer)
     stage, text_model, unet = frozen_on_devices(pretrained, config, sha256, stage, mesh)
     return Parts(tokenizer, stage, text_model, pretrained, unet), kept
 
 
-def _check_latents(config: Config, source: Source, sha256: str, stage: str) -> None:
+def check_latents(config: Config, source: Source, sha256: str, stage: str) -> None:
+    """Raise ConfigError where the data are latents of another autoencoder than the one called `stage`."""
     if isinstance(source, LatentSource) and source.info.sha256 != sha256:
         raise ConfigError(
             f"config.data.dir = {config.data.dir!r} holds latents of another autoencoder ({source.info.sha256[:12]}...) "
@@ -131,7 +136,7 @@ def _check_latents(config: Config, source: Source, sha256: str, stage: str) -> N
         )
 
 
-def _prepare_parts(config: Config, source: Source, workdir: pathlib.Path, write: bool) -> tuple[Parts, list[str]]:
+def prepare_parts(config: Config, source: Source, workdir: pathlib.Path, write: bool) -> tuple[Parts, list[str]]:
     """Tokenizer, autoencoder and text encoder of a run, kept in its workdir from now on, and captions. Raises ConfigError."""
     if config.task != "diffusion":
         return Parts(), []
@@ -141,7 +146,7 @@ def _prepare_parts(config: Config, source: Source, workdir: pathlib.Path, write:
         stage = keep_first_stage(config.autoencoder, workdir, write=False)
         check_stage(stage, config)
         check_latent_size(config, config.data.image_size // stage.model.downsampling)
-        _check_latents(config, source, stage.sha256, f"config.autoencoder = {config.autoencoder!r}")
+        check_latents(config, source, stage.sha256, f"config.autoencoder = {config.autoencoder!r}")
     if config.text.pretrained:
         text_model = keep_text_model(config.text.pretrained, workdir, write=False)
     if write:  # only now that nothing is wrong with either
@@ -167,15 +172,30 @@ def describe(task: Task, source: Source, mesh: Mesh, workdir: pathlib.Path) -> s
         **task.describe(),
         "parameters": f"{parameters:,}",
         "training": f"{config.training.num_steps:,} steps of {config.training.batch_size} images, seed {config.seed}",
-        "devices": f"{mesh.size} x {kinds} ({config.sharding.mode}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})",
+        "devices": f"{mesh.size} x {kinds} ({config.sharding.mode}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})"
+        + f", {jax.process_count()} processes" * (jax.process_count() > 1),
         "workdir": str(workdir),
     }
     return "\n".join(f"{name:11}{text}" for name, text in lines.items())
 
 
-def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
-    """Train `config` in `workdir`, from the start or from where it stopped. Raises ConfigError before anything compiles."""
+def train_run(config: Config, workdir: pathlib.Path, profile: bool = False) -> loop.Outcome:
+    """Train `config` in `workdir`, from the start or from where it stopped. Raises ConfigError before anything compiles.
+
+    `profile`: write a trace of a few steps.
+    """
     mesh = make_mesh(config.sharding)
+    config, source, loaders, pretrained = open_run(config, workdir, mesh)
+    check_first_batch(loaders[0])
+    with holding(workdir):
+        check_continuation(config, workdir)
+        return _train_in(workdir, config, source, loaders, pretrained, mesh, profile)
+
+
+def open_run(
+    config: Config, workdir: pathlib.Path, mesh: Mesh
+) -> tuple[Config, Source, list[Loader], Pretrained | None]:
+    """What data and checkpoint say of a run: its config, resolved; source, loaders and checkpoint. Raises ConfigError."""
     if config.task != "progressive_gan":  # whose batches depend on its stages
         check_batch(config.training.batch_size, config.training.accumulation_steps, mesh)
     platform = mesh.devices.flat[0].platform
@@ -191,32 +211,58 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     source = _open_data(config)
     config = resolve_length(resolve_classes(config, source))
     check(config)
-    loaders = _make_loaders(config, source, mesh)
-    check_continuation(config, workdir)
+    return config, source, _make_loaders(config, source, mesh), pretrained
+
+
+def check_first_batch(loader: Loader) -> None:
+    """Raise ConfigError for data that cannot be read, before anything is written or compiled."""
+    try:
+        loader[loader.begin[0]]
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from error
+
+
+def make_batches(
+    loaders: list[Loader], tokenizer: Tokenizer | None, start: int
+) -> Generator[dict[str, np.ndarray], None, None]:
+    """Batches start, start + 1, ... as an update wants them, of which each process gets its share. Raises ConfigError."""
+    iterator = iterate_in_turn(loaders, start)
+    try:
+        for batch in iterator:
+            told = {"label": batch["label"]}
+            if tokenizer is not None:
+                told = {"tokens": captions.tokens_of(tokenizer, batch["text"])[0]}
+            shown: dict[str, np.ndarray] = {name: batch[name] for name in ("image", "moments") if name in batch}
+            yield {**shown, "index": batch["index"], **told}
+    except ValueError as error:
+        raise ConfigError(f"config.data: {error}") from error
+    finally:
+        iterator.close()
+
+
+def _train_in(
+    workdir: pathlib.Path,
+    config: Config,
+    source: Source,
+    loaders: list[Loader],
+    pretrained: Pretrained | None,
+    mesh: Mesh,
+    profile: bool,
+) -> loop.Outcome:
+    """Train in a workdir that is this run's alone."""
     first = jax.process_index() == 0
     if pretrained is not None:
+        mesh = fitting_mesh(config, mesh, pretrained)
         parts, kept = _pretrained_parts(config, pretrained, source, workdir, first, mesh)
     else:
-        parts, kept = _prepare_parts(config, source, workdir, first)
+        parts, kept = prepare_parts(config, source, workdir, first)
     tokenizer, task = parts.tokenizer, make_task(config, parts)
+    if pretrained is None:
+        mesh = fitting_mesh(config, mesh, task)
     if first:
         print(describe(task, source, mesh, workdir), flush=True)
         write_text(workdir / "config.json", to_json(config))
         write_text(workdir / "classes.json", json.dumps(source.class_names) + "\n")
-
-    def batches(start: int) -> Generator[dict[str, np.ndarray], None, None]:
-        iterator = iterate_in_turn(loaders, start)
-        try:
-            for batch in iterator:
-                told = {"label": batch["label"]}
-                if tokenizer is not None:
-                    told = {"tokens": captions.tokens_of(tokenizer, batch["text"])[0]}
-                shown: dict[str, np.ndarray] = {name: batch[name] for name in ("image", "moments") if name in batch}
-                yield {**shown, "index": batch["index"], **told}
-        except ValueError as error:
-            raise ConfigError(f"config.data: {error}") from error
-        finally:
-            iterator.close()
 
     preview: Any = None
     if isinstance(task, AutoencoderTask):
@@ -227,14 +273,16 @@ def train_run(config: Config, workdir: pathlib.Path) -> loop.Outcome:
     elif tokenizer is not None:
         count = config.sampling.num_images
         preview = captions.request(tokenizer, [kept[i % len(kept)] for i in range(count)])
-    trainable = task.trainable(mesh, preview)
+    plain = functools.partial(plain_update, config, parts, mesh)
+    trainable = dataclasses.replace(task.trainable(mesh, preview), plain=plain)
     if config.evaluation.every:
         if isinstance(task, AutoencoderTask):
             scores = make_training_reconstruction_scores(task, source, config.evaluation, mesh)
         else:
             scores = make_training_scores(task, source, kept, config.evaluation, mesh, workdir)
         trainable = dataclasses.replace(trainable, scores=scores, score_every=config.evaluation.every)
-    outcome = loop.train(trainable, batches, config.training, mesh, config.sharding.mode, config.seed, workdir)
+    batches = functools.partial(make_batches, loaders, tokenizer)
+    outcome = loop.train(trainable, batches, config.training, mesh, config.sharding.mode, config.seed, workdir, profile)
     bad = getattr(source, "bad", {})
     if bad:
         print(f"{len(bad)} images could not be read and were skipped: {next(iter(bad.values()))} ...", file=sys.stderr)

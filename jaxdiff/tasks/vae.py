@@ -30,6 +30,7 @@ from jaxdiff.losses import (
 from jaxdiff.models.gaussian import Gaussian
 from jaxdiff.models.vae import ConvVAE
 from jaxdiff.training.loop import Trainable, minimise
+from jaxdiff.training.sharding import replicated
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 
 PREVIEW = 32  # images whose reconstructions are drawn
@@ -164,13 +165,13 @@ class VAETask:
         generate = make_generator(self.make_sample(settings, False), mesh, settings.batch_per_device)
         seeds = np.arange(settings.num_images)
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=replicated(mesh))
         def reconstruct(params: Params, images: UInt8[Array, "n h w c"]) -> tuple[Array, Array]:
             posterior = self.encode(params, from_uint8(images))
             # What a latent is used for is seen from how far its posterior means spread.
             return to_uint8(self.decode(params, posterior.mean)), posterior.mean.std(0)
 
-        @jax.jit
+        @functools.partial(jax.jit, out_shardings=replicated(mesh))
         def traverse(params: Params, z: Float[Array, "n d"]) -> UInt8[Array, "n h w c"]:
             return to_uint8(self.decode(params, z))
 

@@ -168,12 +168,12 @@ def test_the_bound_of_an_ignorant_network_is_known():
 
 def test_training_scores_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(score_module, "load_extractor", lambda *_: tiny_extractor())
-    changes = {"evaluation.every": 4, "evaluation.num_images": 12, "evaluation.metrics": ("fid", "pr", "sfid")}
+    changes = {"evaluation.every": 4, "evaluation.num_images": 12, "evaluation.metrics": ("fid", "pr", "sfid", "swd")}
     config = tiny_config(**changes, **{"training.log_every": 4})
     train_run(config, tmp_path / "run")
     scored = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "fid[tiny]" in r]
     assert [r["step"] for r in scored] == [4, 8]
-    assert set(scored[0]) == {"step", "fid[tiny]", "precision[tiny]", "recall[tiny]", "sfid[tiny]"}
+    assert set(scored[0]) == {"step", "fid[tiny]", "precision[tiny]", "recall[tiny]", "sfid[tiny]", "swd_8", "swd"}
     assert (tmp_path / "run" / "reference-tiny.npz").is_file()
     train_run(
         dataclasses.replace(config, training=dataclasses.replace(config.training, num_steps=12)), tmp_path / "run"

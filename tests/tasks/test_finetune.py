@@ -11,16 +11,17 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from jaxdiff.config import ConfigError, default_config, to_config, to_json
+from jaxdiff.config import ConfigError, SamplingConfig, default_config, to_config, to_json
 from jaxdiff.data.latents import open_latents
 from jaxdiff.files import write_text
+from jaxdiff.generation.sampling import make_recipe
 from jaxdiff.tasks.diffusion import DiffusionTask, make_schedule
 from jaxdiff.tasks.export import export_run
 from jaxdiff.tasks.first_stage import load_first_stage
 from jaxdiff.tasks.latents import encode_data
 from jaxdiff.tasks.pretrained import frozen_on_devices, keep_pretrained, open_pretrained, resolved
 from jaxdiff.tasks.run import load_run, restore_run
-from jaxdiff.tasks.stable_diffusion import PARTS, load_stable_diffusion
+from jaxdiff.tasks.stable_diffusion import PARTS, load_stable_diffusion, open_stable_diffusion
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.sharding import make_mesh, make_runner, state_shardings
@@ -190,6 +191,27 @@ def test_a_lora_run_keeps_its_factors_alone(run, checkpoint):
     assert 0 < trained < base / 4 and held <= 4 * trained + 8
 
 
+def test_a_run_visits_the_levels_as_the_checkpoints_scheduler_file_says(lora_task, checkpoint):
+    """Sampler, times and options are those of `sample.py --model`, also where something else is asked for."""
+    sd = open_stable_diffusion(checkpoint)
+    for changes in ({}, {"sampler": "dpm++2m"}, {"sampler": "euler", "spacing": "karras"}, {"spacing": "trailing"}):
+        ours, theirs = (
+            make_recipe(
+                model, SamplingConfig(**{"sampler": "file", "spacing": "file", **changes}, steps=5, clip="none")
+            )
+            for model in (lora_task.image_model, sd.model)
+        )
+        assert (ours.sampler, ours.options, ours.prediction) == (theirs.sampler, theirs.options, theirs.prediction)
+        np.testing.assert_array_equal(ours.timesteps, theirs.timesteps)
+        assert ours.sampler == changes.get("sampler", "pndm")
+    plain = dataclasses.replace(sd.settings, steps=5)  # of `--model` without a flag
+    filed = dataclasses.replace(plain, sampler="file")
+    np.testing.assert_array_equal(make_recipe(sd.model, plain).timesteps, make_recipe(sd.model, filed).timesteps)
+    assert lora_task.describe_sampling(filed) == "pndm, 5 steps, guidance 7.5"
+    with pytest.raises(ConfigError, match="no spacing 'karras'"):
+        lora_task.describe_sampling(dataclasses.replace(filed, spacing="karras"))
+
+
 def test_what_is_exported_is_what_the_run_samples_with(run, checkpoint, tmp_path):
     whole = load_run(run).params
     export_run(run, tmp_path / "sd")
@@ -279,6 +301,7 @@ def test_latents_are_encoded_by_the_checkpoints_autoencoder(checkpoint, photos, 
         ({"model.pretrained": "nowhere"}, "config.model.pretrained: nowhere: there is no such file"),
         ({"data.image_size": 15}, "must be divisible by 2"),
         ({"data.channels": 1}, "the autoencoder's images have 3"),
+        ({"sampling.sampler": "file", "sampling.spacing": "karras"}, "no spacing 'karras'"),
     ],
 )
 def test_what_cannot_be_trained_is_said_before_anything_is_made(checkpoint, photos, tmp_path, changes, message):
@@ -291,6 +314,7 @@ def test_what_cannot_be_trained_is_said_before_anything_is_made(checkpoint, phot
     ("changes", "message"),
     [
         ({"model.pretrained": ""} | LORA, "needs a model to adapt"),
+        ({"model.pretrained": "", "sampling.sampler": "file"}, "sampling.sampler = 'file' needs a checkpoint"),
         (LORA | {"lora.targets": ("everything",)}, "'everything' must be one of attention"),
         (LORA | {"lora.targets": ()}, "must name some of"),
         (LORA | {"text.trained": True}, "add 'text_encoder'"),

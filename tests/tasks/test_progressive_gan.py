@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,13 @@ import pytest
 from PIL import Image
 
 from jaxdiff.config import ConfigError, ShardingConfig
+from jaxdiff.data.sources import open_source
+from jaxdiff.evaluation.scores import Options
 from jaxdiff.models.progressive_gan import fade_images, halve_pixels
+from jaxdiff.tasks.evaluate import Reference, evaluate_samples
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask, growth_of, latents, resolve_length
 from jaxdiff.tasks.run import Run, load_run
+from jaxdiff.tasks.score import make_training_scores
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.log import read_metrics
 from jaxdiff.training.loop import init_sharded
@@ -174,6 +179,34 @@ def test_samples_are_those_of_the_stage_reached():
     early = Run(ProgressiveGANTask(config, first), None, first, ())
     with pytest.raises(ConfigError, match="at step 3 this run has grown to 4x4 pixels"):
         early.task.describe_sampling(dataclasses.replace(config.sampling, resolution=8))
+
+
+def test_training_scores_images_of_the_size_grown_to(tmp_path):
+    """Pixels' scores without an extractor: those of the finished run's samples, and none of images that are too small yet."""
+    changes = {"data.image_size": 16, "sampling.batch_per_device": 4, "sampling.resolution": 8}
+    changes |= {"evaluation.metrics": ("swd", "ms_ssim"), "evaluation.num_images": 10}
+    changes |= {"progressive_gan.total_kimg": 0.4}
+    config = gan_config(**changes)
+    source = open_source("digits", None, "train")
+    task, last = ProgressiveGANTask(config), config.training.num_steps
+    scores = make_training_scores(task, source, (), config.evaluation, ONE, tmp_path)
+    params = jax.jit(task.init)(jax.random.key(0))
+    names = []
+    for stage in task.stages():
+        found = scores(SimpleNamespace(step=jnp.int32(stage.first_step + 1), ema_params=params))
+        names.append(set(found))
+    assert names == [set(), {"swd_8", "swd"}, {"swd_16", "swd", "ms_ssim"}]
+    run = Run(dataclasses.replace(task, step=last), params, last, ())
+    settings = dataclasses.replace(config.sampling, resolution=0)
+    where = Reference(split="train")
+    alone = evaluate_samples(["swd", "ms_ssim"], run, tmp_path, where, None, Options(), 10, 0, settings)
+    assert scores(SimpleNamespace(step=jnp.int32(last), ema_params=params)) == {s.name: s.value for s in alone.scores}
+
+
+def test_sizes_that_pixels_scores_cannot_be_told_of(tmp_path):
+    config = gan_config(**{"evaluation.metrics": ("ms_ssim",), "evaluation.every": 2})
+    with pytest.raises(ConfigError, match=r"config.evaluation: ms_ssim halves images 4 times: 8x8"):
+        train_run(config, tmp_path / "run")
 
 
 def test_truncation_keeps_the_latents_small_and_a_small_resolution_shows_means():
