@@ -44,7 +44,8 @@ def main() -> None:
         print(f"stopped by {outcome.stopped_by.name} at step {outcome.step}, all is saved; to go on: {again}")
         sys.exit(128 + outcome.stopped_by)
     curves = " and curves.png" if (workdir / "curves.png").exists() else ""
-    print(f"done at step {outcome.step}: see samples/{curves} in {workdir}")
+    pictures = "reconstructions" if config.task == "autoencoder" else "samples"
+    print(f"done at step {outcome.step}: see {pictures}/{curves} in {workdir}")
     where = shlex.quote(str(workdir))
     if config.task == "autoencoder":
         print(f"how well it reconstructs: python evaluate.py --workdir {where} --metrics psnr,ssim,rfid")
