@@ -65,7 +65,7 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
     `--help` prints `usage` and every key with its value. Raises ConfigError for anything that isn't understood.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values)
+    config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Where everything goes.", flag_values=values)
     helping = any(arg in ("-h", "--help", "-help") for arg in argv)
     argv = [arg for arg in argv if arg not in ("-h", "--help", "-help")]

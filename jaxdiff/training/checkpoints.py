@@ -221,7 +221,23 @@ def _is_not_told_otherwise(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR or "orbax" not in pathlib.Path(record.pathname).parts
 
 
+def _is_no_part_of_a_save(record: logging.LogRecord) -> bool:
+    """False for what asyncio says of the other arrays of a save that has failed: the first was told."""
+    return "orbax" not in record.getMessage()
+
+
 logging.getLogger("absl").addFilter(_is_not_told_otherwise)
+logging.getLogger("asyncio").addFilter(_is_no_part_of_a_save)
+_usual_hook = sys.unraisablehook
+
+
+def _hook(unraisable: Any) -> None:
+    """As usual, but for arrays still being written when a save has failed: their event loop is gone, and that was told."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        _usual_hook(unraisable)
+
+
+sys.unraisablehook = _hook
 
 
 def abstract_state(shapes: Any, shardings: Any) -> Any:
