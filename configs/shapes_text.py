@@ -5,7 +5,8 @@
 
 2 CPU cores that did other things too, nothing compiled before: 33 min 34 s. A rule on the pixels finds colour and shape of
 all that was asked for in 62.5% of 200 pictures (80.5% of those of one object), and in 49.5% where it is combinations of
-colour and shape that were held out of training. Colours, sizes and places are right; edges are grainy, and above all small stars go unrecognised.
+colour and shape that were held out of training. Colours, sizes and places are right; edges are grainy, and above all small
+stars go unrecognised.
 
     python -m benchmarks.text_followed --workdir runs/shapes_text --num 200
     python -m benchmarks.text_followed --workdir runs/shapes_text --num 200 --split held_out
