@@ -60,11 +60,11 @@ def classifier_free_guidance(
     if rescaling and schedule is None:
         raise ValueError("guidance rescale works on the network's prediction: pass schedule= and prediction=")
     bound = condition
-    both_conditions = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), condition, null_condition)
+    both_conditions = jax.tree.map(_in_turn, condition, null_condition)
 
     def guide(x_t: Images, t: Shaped[Array, " b"], scale: Array) -> Denoised:
-        both = denoise(jnp.concatenate([x_t, x_t]), jnp.concatenate([t, t]), both_conditions)
-        conditional, unconditional = _halves(both)
+        both = denoise(_in_turn(x_t, x_t), _in_turn(t, t), both_conditions)
+        conditional, unconditional = _apart(both)
         # From the conditional side, so that scale 1 is exactly it.
         more = expand_like(scale, x_t) - 1
         x0 = conditional.x0 + more * (conditional.x0 - unconditional.x0)
@@ -146,10 +146,15 @@ def _rescale(
     return guided._replace(x0=x0, noise=noise)
 
 
-def _halves(both: Denoised) -> tuple[Denoised, Denoised]:
-    """The two halves of the doubled batch."""
-    b = both.x0.shape[0] // 2
-    return jax.tree.map(lambda a: a[:b], both), jax.tree.map(lambda a: a[b:], both)
+def _in_turn(a: Array, b: Array) -> Array:
+    """a0, b0, a1, b1, ...: where a batch is split over devices, both of an image stay on its own, and nothing travels."""
+    return jnp.stack([a, b], axis=1).reshape(2 * a.shape[0], *a.shape[1:])
+
+
+def _apart(both: Denoised) -> tuple[Denoised, Denoised]:
+    """The inverse of `_in_turn`."""
+    pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), both)
+    return jax.tree.map(lambda x: x[:, 0], pairs), jax.tree.map(lambda x: x[:, 1], pairs)
 
 
 def _check_conditions(condition: Any, null_condition: Any) -> None:
