@@ -30,6 +30,7 @@ from jaxtyping import Array
 
 from jaxdiff.config import OptimizerConfig, default_config, to_config
 from jaxdiff.generation.generate import from_uint8
+from jaxdiff.host_memory import keep_freed_memory
 from jaxdiff.losses import gradient_penalty
 from jaxdiff.models.progressive_gan import Discriminator, Generator, stage_of
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask
@@ -427,6 +428,7 @@ def one_step(sizes: Sizes) -> None:
 
 def main() -> None:
     """Read the flags, race at each resolution, print."""
+    keep_freed_memory()  # as train.py does; PyTorch is in the same process
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--resolutions", type=int, nargs="+", default=[4, 8, 16, 32])
     parser.add_argument("--batch", type=int, default=16, help="images, a multiple of 4 (default 16)")
