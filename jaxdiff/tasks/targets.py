@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxdiff.config import ConfigError
 from jaxdiff.training.chips import CHIPS, Chip
@@ -50,6 +51,7 @@ def choose_target(name: str) -> None:
         os.environ.setdefault(variable, value)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # without a TPU no program can be read back from it
+    compilation_cache.reset_cache()  # whether it is used was settled with the first program compiled
 
 
 def open_target(name: str) -> Slice:
