@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 4
     config.model.dropout = 0.0
     config.diffusion.schedule = "edm"
-    config.diffusion.prediction = "edm"
+    config.diffusion.prediction = "x0"
     config.diffusion.sigma_data = 0.18  # most pixels are ground
     config.diffusion.sigma_max = 10.0
     config.diffusion.p_mean = 0.2  # noisier than usual: there the words say what is where

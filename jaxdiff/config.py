@@ -689,8 +689,9 @@ def _diffusion_rules(config: Config) -> Rules:
         "diffusion.prediction = 'velocity' needs config.diffusion.schedule = 'flow'",
     )
     yield (
-        (prediction == "edm") == (schedule == "edm"),
-        "diffusion.prediction = 'edm' and config.diffusion.schedule = 'edm' go together",
+        prediction in ("edm", "x0") if schedule == "edm" else prediction != "edm",
+        f"diffusion.prediction = {prediction!r} with config.diffusion.schedule = {schedule!r}: "
+        "the schedule 'edm' takes predictions 'edm' and 'x0', and 'edm' is a prediction of that schedule only",
     )
     yield diffusion.sigma_max >= 1, f"diffusion.sigma_max = {diffusion.sigma_max} must be at least 1"
     yield (

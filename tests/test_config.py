@@ -59,7 +59,8 @@ IMPOSSIBLE = [
     ({"model.dropout": 1.0}, "config.model.dropout = 1.0 must be at least 0 and below 1"),
     ({"diffusion.schedule": "cosin"}, "config.diffusion.schedule = 'cosin' must be one of 'linear'"),
     ({"diffusion.prediction": "velocity"}, "needs config.diffusion.schedule = 'flow'"),
-    ({"diffusion.prediction": "edm"}, "go together"),
+    ({"diffusion.prediction": "edm"}, "a prediction of that schedule only"),
+    ({"diffusion.schedule": "edm"}, "'noise' with config.diffusion.schedule = 'edm'"),
     ({"diffusion.zero_terminal_snr": True}, "cannot start from pure noise"),
     ({"diffusion.loss": "hybrid"}, "needs config.diffusion.learned_variance = True"),
     (

@@ -91,6 +91,10 @@ def test_edm_preconditioning_is_karras_table_1():
     close(seen["x"], c_in * np.asarray(x, np.float64))
     close(seen["time"], np.log(np.asarray(t)) / 4)
     close(out.x0, c_skip * np.asarray(x, np.float64) + c_out * np.sin(c_in * np.asarray(x, np.float64)))
+    # A network that tells x0 itself sees the same input, and its answer is taken as it is.
+    out = p.make_denoiser(network, schedule, "x0")(x, t)
+    close(seen["x"], c_in * np.asarray(x, np.float64))
+    close(out.x0, np.sin(c_in * np.asarray(x, np.float64)))
     # The training target has unit variance at every noise level for data of variance sigma_data^2 (their eq. 16).
     x0, noise = sigma_data * 2 * x0[:1], noise[:1]
     many = jax.random.normal(jax.random.key(3), (2, 4, 50, 50, 2))

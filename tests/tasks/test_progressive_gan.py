@@ -20,6 +20,7 @@ from jaxdiff.tasks.progressive_gan import ProgressiveGANTask, growth_of, latents
 from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.score import make_training_scores
 from jaxdiff.tasks.train import train_run
+from jaxdiff.training.collectives import collectives, instructions
 from jaxdiff.training.log import read_metrics
 from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.sharding import make_mesh, make_runner
@@ -62,9 +63,11 @@ def run_of(step=100, **changes):
 
 
 def states_after(sharding, num_devices, parts, steps=3):
-    """Both networks after some steps in a fade."""
+    """Both networks after some steps in a fade, the losses, the last state where it lives, and the compiled program."""
     config = gan_config(
         **{
+            "progressive_gan.channel_base": 128,
+            "progressive_gan.channel_max": 24,  # wide enough for FSDP to split kernels
             "progressive_gan.stddev_parts": parts,
             "sharding.mode": sharding.mode,
             "optimizer.epsilon": 1e-3,  # else a gradient that is nearly 0 makes as large a step as any
@@ -77,12 +80,12 @@ def states_after(sharding, num_devices, parts, steps=3):
     runner = make_runner(functools.partial(task.make_update, number=1), shapes, mesh, sharding.mode)
     state = init_sharded(task.init, key, runner.state_shardings)
     state = dataclasses.replace(state, step=jax.device_put(jnp.int32(begin), runner.state_shardings.step))
-    losses = []
+    losses, program = [], runner.step.lower(state, runner.put_batch(tiny_batch(config)), key).compile()
     for step in range(steps):
-        state, metrics = runner.step(state, runner.put_batch(tiny_batch(config, seed=step)), key)
+        state, metrics = program(state, runner.put_batch(tiny_batch(config, seed=step)), key)
         losses.append([float(metrics[name]) for name in ("discriminator_loss", "generator_loss", "penalty")])
         assert 0 < float(metrics["alpha"]) < 1
-    return jax.device_get((state.params, state.ema_params, state.discriminator_params)), losses
+    return jax.device_get((state.params, state.ema_params, state.discriminator_params)), losses, state, program.as_text()
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +93,23 @@ def one_device():
     return states_after(ShardingConfig(), 1, parts=8)
 
 
-@pytest.mark.parametrize("mode", ["jit", "pmap"])
-def test_steps_in_a_fade_agree_with_one_device(one_device, mode):
-    trees, losses = states_after(ShardingConfig(mode=mode), 8, parts=8)
+@pytest.mark.parametrize("sharding", [ShardingConfig(), ShardingConfig(mode="pmap"), ShardingConfig(fsdp=4)], ids=str)
+def test_steps_in_a_fade_agree_with_one_device(one_device, sharding):
+    """Also split over 4 of 2 x 4 devices: both networks, the average and the moments; nothing else than parameters is gathered."""
+    trees, losses, state, text = states_after(sharding, 8, parts=8)
     np.testing.assert_allclose(losses, one_device[1], rtol=2e-4, atol=1e-5)
     assert relative_distance(trees, one_device[0]) < 1e-5
+    if sharding.fsdp == 4:
+        large = [leaf for leaf in jax.tree.leaves(state) if leaf.size >= 4096]
+        assert len(large) >= 16 and all(4 * leaf.addressable_shards[0].data.size == leaf.size for leaf in large)
+        gathered = [shape for one in instructions(text) if one.kind == "all-gather" for shape in one.shapes]
+        print(collectives(text), len(gathered), sorted(set(gathered)), sorted(leaf.shape for leaf in large))
 
 
 @pytest.mark.slow
 def test_the_comparison_notices_other_groups(one_device):
     """The bounds above mean something: with other groups of the minibatch standard deviation the run is another one."""
-    trees, _ = states_after(ShardingConfig(), 1, parts=1)
+    trees, *_ = states_after(ShardingConfig(), 1, parts=1)
     assert relative_distance(trees, one_device[0]) > 1e-4
 
 
