@@ -11,7 +11,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jaxdiff.models.layers import default_init, group_norm, zero_init
+from jaxdiff.models.layers import Dropout, default_init, group_norm, zero_init
 
 AttentionImplementation = Literal["xla", "cudnn"] | None
 # Where a CPU takes heads one by one (see `attend`): from so many weights a head, and at most so many queries at a time.
@@ -164,7 +164,7 @@ class FeedForward(nn.Module):
         dtypes: dict[str, Any] = {"kernel_init": default_init, "dtype": self.dtype, "param_dtype": self.param_dtype}
         channels = x.shape[-1]
         a, b = jnp.split(nn.Dense(8 * channels, name="dense_in", **dtypes)(x), 2, axis=-1)
-        h = nn.Dropout(self.dropout, deterministic=not train)(a * jax.nn.gelu(b, approximate=False))
+        h = Dropout(self.dropout)(a * jax.nn.gelu(b, approximate=False), train=train)
         return nn.Dense(channels, name="dense_out", **dtypes)(h)
 
 

@@ -12,16 +12,22 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.models.layers import convolve_doubled
+
 HE_GAIN = math.sqrt(2)  # before a leaky ReLU
 EPSILON = 1e-8  # of both normalisations, under the root
 
 
 class EqualizedConv(nn.Module):
-    """Convolution (size x size, zero padding, stride 1) by kernel * gain / sqrt(fan_in); the bias is not scaled."""
+    """Convolution (size x size, zero padding, stride 1) by kernel * gain / sqrt(fan_in); the bias is not scaled.
+
+    doubled: of the image with each pixel repeated 2x2 (size 3 only).
+    """
 
     features: int
     size: int = 3
     gain: float = HE_GAIN
+    doubled: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -32,9 +38,8 @@ class EqualizedConv(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(1.0), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         kernel = _scaled(kernel, self.gain, self.dtype)
-        x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        convolve = convolve_doubled if self.doubled else jax.lax.conv_general_dilated
+        x = convolve(x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return x + bias.astype(self.dtype)[None, None, None]
 
 

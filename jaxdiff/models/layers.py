@@ -4,6 +4,7 @@ Every module computes in `dtype` and keeps its parameters in `param_dtype`; stat
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.initializers import variance_scaling, zeros_init
 from jax.nn.initializers import Initializer
@@ -50,8 +51,9 @@ def conv3x3(
     stride: int = 1,
     padding: Padding = SYMMETRIC,
     kernel_init: Initializer = default_init,
+    doubled: bool = False,
 ) -> nn.Conv:
-    """3x3 convolution that pads one pixel on every side unless told otherwise."""
+    """3x3 convolution that pads one pixel on every side unless told otherwise; `doubled`: of its input's `repeat_pixels`."""
     return nn.Conv(
         features,
         (3, 3),
@@ -60,8 +62,27 @@ def conv3x3(
         kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
+        conv_general_dilated=convolve_doubled if doubled else jax.lax.conv_general_dilated,
         name=name,
     )
+
+
+class Dropout(nn.Module):
+    """x / (1 - rate), or zero with probability `rate` (Srivastava et al. 2014); draws what Flax's own draws.
+
+    What is kept is decided once and remembered. Left to itself a TPU's compiler draws the random bits anew inside each
+    convolution that reads the result, three times a step.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*s"], *, train: bool = False) -> Float[Array, "*s"]:
+        """Nothing changes unless `train`, which needs rngs={"dropout": key}."""
+        if not train or self.rate == 0:
+            return x
+        kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.rate, x.shape)
+        return jnp.where(jax.lax.optimization_barrier(kept), x / (1 - self.rate), 0)
 
 
 class ResidualBlock(nn.Module):
@@ -103,7 +124,7 @@ class ResidualBlock(nn.Module):
                 h = (1 + scale) * norm2(h) + shift
             else:
                 h = norm2(h + projection)
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.swish(h))
+        h = Dropout(self.dropout)(nn.swish(h), train=train)
         h = conv3x3(self.channels, *dtypes, name="conv2", kernel_init=zero_init)(h)
         if x.shape[-1] != self.channels:
             x = nn.Dense(
@@ -138,16 +159,55 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, ...] | None = None) -> Float[Array, "b 2h 2w c"]:
         """Double height and width, or bring them to `size`: what a level had that halving rounded up."""
-        h = repeat_pixels(x)
-        if size is not None:
-            h = h[:, : size[0], : size[1]]
-        return conv3x3(x.shape[-1], self.dtype, self.param_dtype, "conv")(h)
+        b, h, w, c = x.shape
+        doubled = size is None or tuple(size) == (2 * h, 2 * w)
+        conv = conv3x3(c, self.dtype, self.param_dtype, "conv", doubled=doubled)
+        return conv(x if doubled else repeat_pixels(x)[:, : size[0], : size[1]])
 
 
 def repeat_pixels(x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
     """Nearest-neighbour doubling by broadcast and reshape, which no backend turns into a gather."""
     b, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+def convolve_doubled(
+    x: Float[Array, "b h w c"],
+    kernel: Float[Array, "3 3 c d"],
+    strides: object = None,
+    padding: object = None,
+    *,
+    precision: jax.lax.PrecisionLike = None,
+    **_: object,
+) -> Float[Array, "b 2h 2w d"]:
+    """3x3 convolution, one pixel padded, of `repeat_pixels(x)`, with 4 products for 9 and without making that image.
+
+    Of nine pixels in a doubled image no more than four differ. Which of them are one depends on whether row and column are
+    odd: four kernels of 2x2, sums of the given one's rows and columns, make the four kinds of pixels. To be given to
+    `nn.Conv` as `conv_general_dilated`; strides, padding and layout are what has been said, whatever is passed.
+    """
+    b, h, w, _ = x.shape
+    wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
+    kinds = []
+    for i, rows in enumerate(_folded(wide)):
+        for j, both in enumerate(_folded(rows.swapaxes(0, 1))):
+            kinds.append(
+                jax.lax.conv_general_dilated(
+                    x,
+                    both.swapaxes(0, 1).astype(kernel.dtype),
+                    (1, 1),
+                    ((1 - i, i), (1 - j, j)),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                    precision=precision,
+                )
+            )
+    return depth_to_space(jnp.concatenate(kinds, axis=-1), 2)
+
+
+def _folded(kernel: Float[Array, "3 r c d"]) -> tuple[Float[Array, "2 r c d"], Float[Array, "2 r c d"]]:
+    """What even and odd rows of the doubled image see of the image itself: the row before and its own; its own and the next."""
+    before, own, after = kernel
+    return jnp.stack([before, own + after]), jnp.stack([before + own, after])
 
 
 def space_to_depth(x: Float[Array, "b h w c"], patch_size: int) -> Float[Array, "b h/p w/p p*p*c"]:

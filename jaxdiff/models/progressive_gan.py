@@ -95,9 +95,9 @@ class GeneratorBlock(nn.Module):
             x = dense(x).reshape(-1, FIRST, FIRST, self.channels) + bias.astype(self.dtype)[None, None, None]
             x = pixelwise_norm(nn.leaky_relu(x, SLOPE))
             return pixelwise_norm(nn.leaky_relu(EqualizedConv(self.channels, name="conv", **dtypes)(x), SLOPE))
-        x = repeat_pixels(x)
         for i in range(2):
-            x = pixelwise_norm(nn.leaky_relu(EqualizedConv(self.channels, name=f"conv_{i}", **dtypes)(x), SLOPE))
+            conv = EqualizedConv(self.channels, doubled=i == 0, name=f"conv_{i}", **dtypes)
+            x = pixelwise_norm(nn.leaky_relu(conv(x), SLOPE))
         return x
 
 

@@ -20,7 +20,6 @@ from jaxdiff.models.layers import (
     conv3x3,
     default_init,
     group_norm,
-    repeat_pixels,
 )
 
 
@@ -199,7 +198,9 @@ class ConvVAE(nn.Module):
         self.decoder_in = nn.Dense(self.hidden, **dense)
         self.decoder_hidden = nn.Dense(self.smallest[0] * self.smallest[1] * self.smallest[2], **dense)
         widths = (*self.channels[-2::-1], image_channels)
-        self.decoder_convs = [conv3x3(width, name=f"decoder_conv_{i}", **dtypes) for i, width in enumerate(widths)]
+        self.decoder_convs = [
+            conv3x3(width, name=f"decoder_conv_{i}", doubled=True, **dtypes) for i, width in enumerate(widths)
+        ]
         if self.learned_std:
             self.log_std = self.param("log_std", nn.initializers.zeros, (), jnp.float32)
 
@@ -216,7 +217,7 @@ class ConvVAE(nn.Module):
         h = nn.swish(self.decoder_in(z.astype(self.dtype)))
         h = self.decoder_hidden(h).reshape(z.shape[0], *self.smallest)
         for conv in self.decoder_convs:
-            h = conv(repeat_pixels(nn.swish(h)))
+            h = conv(nn.swish(h))
         return h.astype(jnp.float32)
 
     def __call__(

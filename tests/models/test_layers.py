@@ -1,5 +1,6 @@
 """Bricks against closed forms in NumPy float64."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 from jaxdiff.models.embeddings import sinusoidal_embedding
 from jaxdiff.models.layers import (
     BOTTOM_RIGHT,
+    SYMMETRIC,
     Downsample,
+    Dropout,
     ResidualBlock,
     Upsample,
+    convolve_doubled,
     depth_to_space,
     group_norm,
     num_groups,
@@ -48,6 +52,24 @@ def test_group_norm_statistics_are_float32_in_bfloat16():
     np.testing.assert_allclose(np.asarray(y, np.float64), ((groups - mean) / deviation).reshape(x.shape), atol=0.02)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dropout_is_flax_s_own_number_for_number(dtype):
+    """So that a run goes on as it was. Without training nothing is drawn, and no key is needed."""
+    x, rngs = jax.random.normal(jax.random.key(0), (4, 8, 8, 16), dtype), {"dropout": jax.random.key(1)}
+
+    def gradient(module, **how):
+        return jit(
+            jax.value_and_grad(lambda x: (module.apply({}, x, rngs=rngs, **how) ** 2).astype(jnp.float32).sum())
+        )(x)
+
+    ours, theirs = gradient(Dropout(0.3), train=True), gradient(nn.Dropout(0.3), deterministic=False)
+    np.testing.assert_array_equal(ours[1], theirs[1])
+    assert 0.25 < (ours[1] == 0).mean() < 0.35
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    np.testing.assert_array_equal(Dropout(0.3).apply({}, x), x)
+    np.testing.assert_array_equal(Dropout(0.0).apply({}, x, train=True), x)
+
+
 def convolve(x, kernel, padding, stride=1):
     """3x3 convolution, term by term."""
     x = np.pad(np.asarray(x, np.float64), ((0, 0), *padding, (0, 0)))
@@ -82,6 +104,34 @@ def test_upsample_repeats_pixels_then_convolves():
     conv = variables["params"]["conv"]
     expected = convolve(repeated, conv["kernel"], ((1, 1), (1, 1))) + np.asarray(conv["bias"])
     np.testing.assert_allclose(jit(layer.apply)(variables, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 6, 3), (1, 1, 3, 2)])
+def test_convolving_a_doubled_image_without_making_it(shape):
+    """Values and gradients are those of the long way, in float64, with fewer operations."""
+    with jax.enable_x64(True):
+        x, kernel, pull = (
+            jax.random.normal(key, size, jnp.float64)
+            for key, size in zip(
+                jax.random.split(jax.random.key(0), 3),
+                (shape, (3, 3, shape[-1], 5), (shape[0], 2 * shape[1], 2 * shape[2], 5)),
+                strict=True,
+            )
+        )
+
+        def long_way(x, kernel):
+            return jax.lax.conv_general_dilated(
+                repeat_pixels(x), kernel, (1, 1), SYMMETRIC, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+
+        made, back = jax.vjp(convolve_doubled, x, kernel)
+        expected, back_long = jax.vjp(long_way, x, kernel)
+        np.testing.assert_allclose(made, expected, atol=1e-13)
+        for gradient, wanted in zip(back(pull), back_long(pull), strict=True):
+            np.testing.assert_allclose(gradient, wanted, atol=1e-12)
+        short, long = (jax.jit(f).lower(x, kernel).cost_analysis()["flops"] for f in (convolve_doubled, long_way))
+    if shape[1] > 1:
+        assert short < 0.6 * long  # 4 of 9, but for the borders
 
 
 def test_patches_fold_and_unfold():
