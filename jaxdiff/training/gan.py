@@ -97,7 +97,8 @@ def make_gan_update(
             (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(
                 whole(params), whole(other), batch, key, alpha
             )
-            value, metrics, gradient = average((value, metrics, gradient))
+            # A gradient wanted in parts only would be worked out from parts of the activations' channels, sent around for it.
+            value, metrics, gradient = average((value, metrics, whole(gradient)))
             norm = optax.tree.norm(gradient)
             moments = _select(fresh, optimizer.init(params), map_params(game.active, opt_state))
             updates, new_moments = optimizer.update(gradient, moments, params)
