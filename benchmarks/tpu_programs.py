@@ -4,7 +4,7 @@
     python benchmarks/tpu_programs.py                     # the table of docs/tpu.md: an hour or more on two cores
     python benchmarks/tpu_programs.py --only cifar10 --part forward
     python benchmarks/tpu_programs.py --only cifar10 --jax jax_exec_time_optimization_effort=-1.0
-    python benchmarks/tpu_programs.py --only emoji --largest 20      # which arrays take most memory traffic
+    python benchmarks/tpu_programs.py --only emoji --largest 20      # what takes most memory and cycles
 
 Each program is compiled ahead of time for a described slice, in a process of its own that is ended after --limit seconds: what
 was not compiled is called so. Weights and data are shapes. Nothing is run and no time of a step is measured.
@@ -13,6 +13,7 @@ was not compiled is called so. Weights and data are shapes. Nothing is run and n
 import argparse
 import collections
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -31,7 +32,8 @@ from jax.sharding import Mesh
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for configs/ and benchmarks/
 
-from jaxdiff.config import Config, to_config
+from jaxdiff.config import Config, ShardingConfig, to_config
+from jaxdiff.models.layers import ResidualBlock
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.first_stage import FirstStage, autoencoder_from_config
 from jaxdiff.tasks.make import Parts, make_task, plain_update
@@ -48,7 +50,7 @@ from jaxdiff.weights.tokenizer import train_tokenizer
 # Padding, read from a program's text -----------------------------------------------------------------------------------------
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.-]+ = (\(.*?\)|\S+) ([\w-]+)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]\{([\d,]*)(?::([^}]*))?\}")
 _RUN_BY = {  # where an instruction names computations whose instructions have memory of their own
     "while": re.compile(r"\b(?:body|condition)=%?([\w.-]+)"),
@@ -70,11 +72,23 @@ class Written(NamedTuple):
     source: str  # the operation of the model that it belongs to, as JAX names it
 
 
-def written(text: str) -> Iterator[Written]:
-    """Each argument of a program and each array that one of its instructions writes to main memory, tiles and all.
+class Instruction(NamedTuple):
+    """One that runs by itself: not inside a fusion. `text`: what follows its name, operands and attributes."""
 
-    What is inside a fusion has no memory. A loop's body counts once. Arrays in a chip's own fast memory (S(1)) are left out.
-    """
+    type: str
+    name: str
+    text: str
+    argument: bool  # of the program
+
+    @property
+    def source(self) -> str:
+        """The operation of the model that it belongs to, as JAX names it."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+
+def instructions(text: str) -> list[Instruction]:
+    """Those of a program and of the loops, branches and calls in it, each once. Raises ValueError if the text is not one's."""
     bodies: dict[str, list[tuple[str, str, str]]] = {}
     calls: dict[str, list[str]] = collections.defaultdict(list)
     entry = here = ""
@@ -84,28 +98,32 @@ def written(text: str) -> Iterator[Written]:
             bodies[here] = []
             entry = here if header[1] else entry
         elif here and (found := _INSTRUCTION.match(line)):
-            _, kind, operation, rest = found.groups()
+            kind, operation, rest = found.groups()
             bodies[here].append((kind, operation, rest))
             if operation in _RUN_BY:
-                calls[here] += [a or b for a, b in _pairs(_RUN_BY[operation].findall(rest))]
+                calls[here] += [name for match in _RUN_BY[operation].finditer(rest) for name in match.groups() if name]
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
-    run, new = {entry}, [entry]
+    run, new = [entry], [entry]
     while new:
-        new = [name for one in new for name in calls[one] if name in bodies and name not in run]
-        run |= set(new)
-    for name in run:
-        for kind, operation, rest in bodies[name]:
-            if operation in _WRITES_NOTHING or operation.endswith("-start") or (operation == "parameter" and name != entry):
-                continue
-            source = re.search(r'op_name="([^"]*)"', rest)
-            for dtype, shape, order, layout in _ARRAY.findall(kind):
-                if not re.search(r"S\(\d+\)", layout):
-                    yield Written(*_sizes(dtype, shape, order, layout), f"{dtype}[{shape}]", operation, source[1] if source else "")
+        called = dict.fromkeys(name for one in new for name in calls[one])
+        new = [name for name in called if name in bodies and name not in run]
+        run += new
+    return [Instruction(*one, argument=one[1] == "parameter" and name == entry) for name in run for one in bodies[name]]
 
 
-def _pairs(found: list[Any]) -> list[tuple[str, str]]:
-    return [one if isinstance(one, tuple) else (one, "") for one in found]
+def written(text: str) -> Iterator[Written]:
+    """Each argument of a program and each array that one of its instructions writes to main memory, tiles and all.
+
+    What is inside a fusion has no memory. A loop's body counts once. Arrays in a chip's own fast memory (S(1)) are left out.
+    """
+    for one in instructions(text):
+        silent = one.name in _WRITES_NOTHING or one.name.endswith("-start")
+        if silent or (one.name == "parameter" and not one.argument):
+            continue
+        for dtype, shape, order, layout in _ARRAY.findall(one.type):
+            if not re.search(r"S\(\d+\)", layout):
+                yield Written(*_sizes(dtype, shape, order, layout), f"{dtype}[{shape}]", one.name, one.source)
 
 
 def _sizes(dtype: str, shape: str, order: str, layout: str) -> tuple[int, int]:
@@ -129,18 +147,34 @@ def waste(text: str) -> float:
     return sum(a.padded for a in arrays) / max(1, sum(a.bytes for a in arrays)) - 1
 
 
+def cycles(text: str) -> dict[str, int]:
+    """What the compiler expects its instructions to take, by the operation of the model they belong to; a loop's body once."""
+    found: collections.Counter[str] = collections.Counter()
+    for one in instructions(text):
+        if guess := re.search(r'"estimated_cycles":"(\d+)"', one.text):
+            found[f"{one.name} ({_short(one.source)})"] += int(guess[1])
+    return dict(found.most_common())
+
+
 def largest(text: str, count: int) -> str:
-    """The shapes and operations to which most memory goes, together."""
-    groups: dict[tuple[str, str, str], list[Written]] = collections.defaultdict(list)
+    """The arrays to which most memory goes, and the operations to which most cycles, alike ones together."""
+    groups: dict[str, list[Written]] = collections.defaultdict(list)
     for one in written(text):
-        source = re.sub(r"_\d+\b|/\d+\b|\d+$", "", "/".join(one.source.split("/")[-3:]))
-        groups[one.shape, one.kind, source].append(one)
+        groups[f"{one.shape} {one.kind} ({_short(one.source)})"].append(one)
     ranked = sorted(groups.items(), key=lambda item: -sum(one.padded for one in item[1]))[:count]
-    return "\n".join(
+    lines = [
         f"{sum(a.padded for a in arrays) / 1e6:10,.1f} MB, {sum(a.bytes for a in arrays) / 1e6:10,.1f} without padding: "
-        f"{len(arrays)} x {shape} {kind} ({source})"
-        for (shape, kind, source), arrays in ranked
-    )
+        f"{len(arrays)} x {name}"
+        for name, arrays in ranked
+    ]
+    guesses = cycles(text)
+    total = max(1, sum(guesses.values()))
+    return "\n".join(lines + [f"{n / total:10.1%} of cycles: {name}" for name, n in list(guesses.items())[:count]])
+
+
+def _short(source: str) -> str:
+    """The end of an operation's name, the same for like parts of a network."""
+    return re.sub(r"_\d+\b|\b\d+$", "", "/".join(source.split("/")[-3:]))
 
 
 # The programs ----------------------------------------------------------------------------------------------------------------
@@ -169,7 +203,9 @@ def shapes_of(**inputs: tuple[tuple[int, ...], Any]) -> Callable[[int], dict[str
 
 def cifar10(chips: int) -> Case:
     """DDPM, 128 images a chip."""
-    return Case(shipped("cifar10", 128 * chips), Parts(), shapes_of(image=((32, 32, 3), jnp.uint8), label=((), jnp.int32)))
+    return Case(
+        shipped("cifar10", 128 * chips), Parts(), shapes_of(image=((32, 32, 3), jnp.uint8), label=((), jnp.int32))
+    )
 
 
 def emoji(chips: int) -> Case:
@@ -177,8 +213,8 @@ def emoji(chips: int) -> Case:
     from configs import emoji_vae
 
     config = shipped("emoji_text", 32 * chips)
-    task = make_task(to_config(emoji_vae.get_config()))
-    stage = FirstStage(task.model, jax.eval_shape(task.init, jax.random.key(0)))  # type: ignore[union-attr]
+    task: Any = make_task(to_config(emoji_vae.get_config()))
+    stage = FirstStage(task.model, jax.eval_shape(task.init, jax.random.key(0)))
     tokens = (config.text.context_length,)
     tokenizer = train_tokenizer(["a red heart"], 520, *tokens)
     height, width, channels = stage.latent_shape((64, 64, 3))
@@ -193,7 +229,12 @@ def stable_diffusion(chips: int, batch: int = 4, **changes: Any) -> Case:
     config = shipped("stable_diffusion_finetune", batch * chips, **changes)
     dtypes: dict[str, Any] = {"dtype": jnp.bfloat16, "param_dtype": jnp.dtype(config.model.param_dtype)}
     vae = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
-    text = {"hidden_size": TEXT, "intermediate_size": 4 * TEXT, "num_hidden_layers": 12, "num_attention_heads": 12}
+    text: dict[str, Any] = {
+        "hidden_size": TEXT,
+        "intermediate_size": 4 * TEXT,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
     text |= {"vocab_size": 49_408, "max_position_embeddings": TOKENS, "hidden_act": "quick_gelu"}
     schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
     networks = Networks(
@@ -223,17 +264,9 @@ def gan(chips: int) -> Case:
     return Case(resolve_length(config), Parts(), shapes_of(image=((1024, 1024, 3), jnp.uint8), label=((), jnp.int32)))
 
 
-CASES: dict[str, tuple[str, Callable[[int], Case]]] = {
-    "cifar10": ("DDPM CIFAR-10, 128 a chip", cifar10),
-    "emoji": ("latent text-to-image (emoji), 32 a chip", emoji),
-    "sd": ("Stable Diffusion 1.5 at 512, LoRA, 4 a chip", stable_diffusion),
-    "gan": ("progressive GAN at 1024, 4 a chip", gan),
-}
-PARTS = ("step", "gradient", "forward")  # the last two, of diffusion only: of the loss, without the optimiser
-
-
-def lowered(case: Case, part: str, mesh: Mesh) -> tuple[Any, float]:
+def of_task(make_case: Callable[[int], Case], part: str, mesh: Mesh) -> tuple[Any, float]:
     """A program before it is compiled, and its operations on each chip if nothing is recomputed."""
+    case = make_case(mesh.size)
     task = make_task(case.config, case.parts)
     trainable = task.trainable(mesh)
     state, key = jax.eval_shape(trainable.init, jax.random.key(0)), jax.eval_shape(jax.random.key, 0)
@@ -241,7 +274,9 @@ def lowered(case: Case, part: str, mesh: Mesh) -> tuple[Any, float]:
     batch, frozen = case.batch(size), () if trainable.frozen is None else (_plain(trainable.frozen),)
     stage = max(0, len(trainable.stages) - 1)
     if part == "step":
-        make: Any = (lambda axis: trainable.make_update(axis, number=stage)) if trainable.stages else trainable.make_update
+        make: Any = (
+            (lambda axis: trainable.make_update(axis, number=stage)) if trainable.stages else trainable.make_update
+        )
         runner = make_runner(make, state, mesh, case.config.sharding.mode, *frozen)
         minimum = flops_of(plain_update(case.config, case.parts, mesh, stage), state, batch, key, *frozen)
         arguments = (jax.tree.map(_placed, state, runner.state_shardings), batch, key, *runner.frozen)
@@ -249,11 +284,32 @@ def lowered(case: Case, part: str, mesh: Mesh) -> tuple[Any, float]:
     if not isinstance(task, DiffusionTask):
         raise SystemExit(f"--part {part}: only of diffusion; this is a {type(task).__name__}")
     loss: Any = task.loss if part == "forward" else jax.value_and_grad(task.loss, has_aux=True)
+    return _of_function(loss, (state.params, batch, key, *frozen), mesh)
+
+
+def of_block(part: str, mesh: Mesh) -> tuple[Any, float]:
+    """The same of one residual block of DDPM's U-Net in training, which compiles sooner."""
+    if part == "step":
+        raise SystemExit("a block alone has no step: --part gradient")
+    count, block = 128 * mesh.size, ResidualBlock(256, dropout=0.1, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((count, 16, 16, 256), jnp.bfloat16)
+    embedding = jax.ShapeDtypeStruct((count, 512), jnp.float32)
+    params = jax.eval_shape(block.init, jax.random.key(0), x, embedding)
+
+    def loss(params: Any, inputs: Any, key: Any) -> Any:
+        y: Any = block.apply(params, *inputs, train=True, rngs={"dropout": key})
+        return (y.astype(jnp.float32) ** 2).mean()
+
+    program = loss if part == "forward" else jax.value_and_grad(loss, (0, 1))
+    return _of_function(program, (params, (x, embedding), jax.eval_shape(jax.random.key, 0)), mesh)
+
+
+def _of_function(function: Any, arguments: tuple[Any, ...], mesh: Mesh) -> tuple[Any, float]:
+    """Of a function whose second argument is a batch."""
     copied, split = replicated(mesh), batch_sharding(mesh)
-    where = (copied, split, copied, *(copied for _ in frozen))
-    program = jax.jit(loss, in_shardings=where, out_shardings=copied)
-    arguments = (state.params, batch, key, *frozen)
-    return program.lower(*arguments), (flops_of(loss, *arguments) or math.nan) / mesh.size
+    where = (copied, split, *(copied for _ in arguments[2:]))
+    program = jax.jit(function, in_shardings=where, out_shardings=None)
+    return program.lower(*arguments), (flops_of(function, *arguments) or math.nan) / mesh.size
 
 
 def _plain(tree: Any) -> Any:
@@ -262,6 +318,16 @@ def _plain(tree: Any) -> Any:
 
 def _placed(leaf: Any, where: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+CASES: dict[str, tuple[str, Callable[[str, Mesh], tuple[Any, float]]]] = {
+    "cifar10": ("DDPM CIFAR-10, 128 a chip", functools.partial(of_task, cifar10)),
+    "emoji": ("latent text-to-image (emoji), 32 a chip", functools.partial(of_task, emoji)),
+    "sd": ("Stable Diffusion 1.5 at 512, LoRA, 4 a chip", functools.partial(of_task, stable_diffusion)),
+    "gan": ("progressive GAN at 1024, 4 a chip", functools.partial(of_task, gan)),
+    "block": ("a residual block of DDPM's, 256 channels, 16x16, 128 a chip", of_block),
+}
+PARTS = ("step", "gradient", "forward")  # the last two, not of a GAN: of the loss, without the optimiser
 
 
 # One of them, in a process of its own ----------------------------------------------------------------------------------------
@@ -274,8 +340,7 @@ def compile_one(args: argparse.Namespace) -> None:
         name, _, value = setting.partition("=")
         jax.config.update(name, json.loads(value))
     slice_ = open_target(args.target)
-    case = CASES[args.only][1](len(slice_.devices))
-    program, minimum = lowered(case, args.part, make_mesh(case.config.sharding, slice_.devices))
+    program, minimum = CASES[args.only][1](args.part, make_mesh(ShardingConfig(), slice_.devices))
     print(json.dumps({"minimum": minimum}), flush=True)
     began, processor = time.perf_counter(), time.process_time()
     try:
@@ -293,7 +358,12 @@ def compile_one(args: argparse.Namespace) -> None:
     text, plan, cost = compiled.as_text(), compiled.memory_analysis(), compiled.cost_analysis()
     traffic = {kind: (one.count, one.bytes) for kind, one in collectives(text).items()}
     found |= {"arguments": plan.argument_size_in_bytes, "temporaries": plan.temp_size_in_bytes}
-    found |= {"operations": cost["flops"], "bytes": cost["bytes accessed"], "waste": waste(text)}
+    found |= {
+        "operations": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "waste": waste(text),
+        "cycles": sum(cycles(text).values()),
+    }
     found |= {"traffic": traffic, "sent": sent(text, len(slice_.devices)), "largest": largest(text, args.largest)}
     if args.text:
         args.text.write_text(text)
@@ -322,24 +392,25 @@ def compiled_apart(args: argparse.Namespace, name: str, part: str) -> dict[str, 
 
 
 HEADER = """\
-| program | compiled in | memory a chip | TFLOP a chip | over the minimum | bytes a chip | padding | collectives |
-|---|---|---|---|---|---|---|---|"""
+| program | compiled in | memory a chip | TFLOP a chip | over the minimum | bytes a chip | padding | cycles | collectives |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def row(title: str, part: str, found: dict[str, Any], limit: int) -> str:
     """Of the table."""
     name, least = f"{title}: {part}", found["minimum"] / 1e12
     if "ended" in found:
-        return f"| {name} | not in {limit} s | | ({least:.3f} at least) | | | | |"
+        return f"| {name} | not in {limit} s | | ({least:.3f} at least) | | | | | |"
     took = f"{found['seconds']:.0f} s ({found['processor']:.0f} s of processor time, load {found['load']:.1f})"
     if "needed" in found:
         needed, room = (size / 2**30 for size in found["needed"])
-        return f"| {name} | {took} | needs {needed:.2f} GiB of {room:.2f}: does not fit | ({least:.3f} at least) | | | | |"
+        return f"| {name} | {took} | needs {needed:.2f} GiB of {room:.2f}: does not fit | ({least:.3f} at least) | | | | | |"
     memory = f"{found['arguments'] / 1e9:.3f} + {found['temporaries'] / 1e9:.3f} GB"
     traffic = ", ".join(f"{count} {kind} of {size / 1e6:,.1f} MB" for kind, (count, size) in found["traffic"].items())
     return (
         f"| {name} | {took} | {memory} | {found['operations'] / 1e12:.3f} | "
         f"{found['operations'] / found['minimum']:.2f} | {found['bytes'] / 1e9:.1f} GB | {found['waste']:.1%} | "
+        f"{found['cycles'] / 1e6:,.1f} million | "
         f"{traffic or 'none'} |"
     )
 
@@ -352,7 +423,7 @@ def main() -> None:
     parser.add_argument("--target", default="v5e:2x2", help="the slice (default v5e:2x2)")
     parser.add_argument("--limit", type=int, default=540, help="seconds that a program may take to compile")
     parser.add_argument("--jax", action="append", default=[], metavar="NAME=VALUE", help="an option of JAX, as JSON")
-    parser.add_argument("--largest", type=int, default=0, metavar="N", help="print what takes most memory traffic")
+    parser.add_argument("--largest", type=int, default=0, metavar="N", help="print what takes most memory and cycles")
     parser.add_argument("--text", type=Path, help="write the compiled program's text to this file")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -361,7 +432,7 @@ def main() -> None:
         return
     print(HEADER, flush=True)
     for name, (title, _) in CASES.items():
-        if args.only in (None, name):
+        if args.only == name or (args.only is None and name != "block"):
             found = compiled_apart(args, name, args.part)
             print(row(title, args.part, found, args.limit), flush=True)
             if args.largest and "largest" in found:

@@ -142,6 +142,7 @@ def diffusion_loss(
     check_loss(loss, schedule, prediction, learned_variance)
     sigma_data = data_std(schedule, sigma_data)
     t, noise = jax.vmap(lambda key: _time_and_noise(schedule, key, x0.shape[1:]))(keys)
+    noise = jax.lax.optimization_barrier(noise)  # or a TPU draws it anew inside each convolution that reads it
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     x_t = q_sample(schedule, x0, t, noise)
     scale = expand_like(input_scale(prediction, schedule, alpha, sigma, sigma_data), x_t)

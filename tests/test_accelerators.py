@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from jaxdiff.command_line import config_from_flags
 from jaxdiff.config import check
 from jaxdiff.generation.generate import keys_of, to_uint8
+from jaxdiff.models.layers import ResidualBlock
 from jaxdiff.tasks import captions
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.diffusion import DiffusionTask
@@ -60,6 +62,33 @@ def test_what_does_not_fit_is_told_by_the_compiler(tmp_path, v5e):
     huge = {name: np.broadcast_to(array[:1], (2**22, *array.shape[1:])) for name, array in run.batch.items()}
     step = _compile(dataclasses.replace(run, batch=huge))
     assert step.compiled is None and step.needed > v5e.room
+
+
+@pytest.mark.tpu
+def test_what_dropout_keeps_is_drawn_once_and_in_no_convolution(v5e):
+    """Left to itself the compiler draws it anew in the forward convolution and in both of its gradients."""
+    here = jax.sharding.SingleDeviceSharding(v5e.devices[0])
+    block = ResidualBlock(128, dropout=0.1)
+    x = jax.ShapeDtypeStruct((8, 8, 8, 128), np.float32, sharding=here)
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=here)
+    params = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        jax.eval_shape(block.init, jax.random.key(0), np.zeros(x.shape, x.dtype)),
+    )
+
+    def loss(params, x, key):
+        return (block.apply(params, x, train=True, rngs={"dropout": key}) ** 2).sum()
+
+    text = jax.jit(jax.grad(loss, (0, 1)), out_shardings=here).lower(params, x, key).compile().as_text()
+    bodies = dict(re.findall(r"^%([\w.-]+) \(.*?\{\n(.*?)^\}", text, re.M | re.S))  # of all but the entry
+
+    def whole(name):
+        return bodies[name] + "".join(map(whole, re.findall(r"\bcalls=%([\w.-]+)", bodies[name])))
+
+    convolutions = [whole(name) for name in bodies if " convolution(" in whole(name)]
+    assert len(convolutions) >= 6
+    assert max(body.count(" shift-left(") for body in convolutions) == 0
+    assert sum(body.count(" shift-left(") >= 20 for body in bodies.values()) == 1  # Threefry has 20 rounds
 
 
 def sampler(run):
