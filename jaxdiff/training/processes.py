@@ -180,7 +180,7 @@ def noticing_a_loss() -> Iterator[None]:
         reason = " ".join(str(error).split())[:300]
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} ends, for another one was lost ({reason}): start "
-            "all of them again; training goes on from its last checkpoint",
+            "all of them again; a training goes on from its last checkpoint",
             file=sys.stderr,
         )
         _leave(LOST_STATUS)
