@@ -339,6 +339,7 @@ def damage_checkpoint(p: pathlib.Path) -> None:
             path.write_bytes(b"")
 
 
+GO_ON = "train --config=DIGITS --workdir run"
 SAMPLE = "sample --workdir run"
 RUNS = [
     Row("sample", "give either --workdir .a run. or --model"),
@@ -402,6 +403,27 @@ RUNS = [
     Row(SAMPLE, "none of the checkpoints in .* can be read", damage_checkpoint),
     Row("train --config=DIGITS --workdir run", "run holds a run with config.*give another --workdir for a new run"),
     Row("train --config=DIGITS --workdir run", "run/config.json: Expecting", put("run/config.json", "{")),
+    Row(
+        GO_ON,
+        "run/metrics.jsonl line 2 is damaged: Unterminated",
+        put("run/metrics.jsonl", b'{"step": 1}\n{"st\n{"step": 3}\n'),
+    ),
+    Row(GO_ON, "run/metrics.jsonl line 1 is damaged: it is not text", put("run/metrics.jsonl", b'\xff\n{"step": 3}\n')),
+    Row(
+        GO_ON,
+        "run/metrics.jsonl line 1 is damaged: it is nested too deeply",
+        put("run/metrics.jsonl", b"[" * 200_000 + b"\n"),
+    ),
+    Row(
+        GO_ON,
+        "run/metrics.jsonl line 2 is damaged: it is no object with a step",
+        put("run/metrics.jsonl", b'{"step": 1}\n3\n'),
+    ),
+    Row(
+        GO_ON,
+        "run/metrics.jsonl line 1 is damaged: 'loss' is no number",
+        put("run/metrics.jsonl", b'{"step": 1, "loss": []}\n'),
+    ),
     Row("sample --workdir text_run --label 3", "this model reads text: ask by --prompt, not by --label"),
     Row("sample --workdir text_run --prompt \udcff", "the prompt .* is not text"),
     Row("sample --workdir text_run", "text_run/captions.json: .*No such file", lose("text_run/captions.json")),

@@ -32,6 +32,7 @@ from jaxdiff.tasks.text_model import keep_text_model
 from jaxdiff.tasks.vae import PREVIEW
 from jaxdiff.training import loop
 from jaxdiff.training.lock import holding
+from jaxdiff.training.log import read_metrics
 from jaxdiff.training.sharding import check_batch, make_mesh
 from jaxdiff.weights.tokenizer import Tokenizer
 
@@ -47,7 +48,8 @@ def resolve_classes(config: Config, source: Source) -> Config:
 
 
 def check_continuation(config: Config, workdir: pathlib.Path) -> None:
-    """Raise ConfigError where the workdir holds a run that `config` does not continue; tell what a new length changes."""
+    """Raise ConfigError for a workdir whose run `config` does not continue, or nobody can; tell what a new length changes."""
+    read_metrics(workdir / "metrics.jsonl")  # which the loop would find damaged only once it has a state
     if not (workdir / "config.json").is_file():
         return
     old, new = flatten(read_config(workdir)), flatten(config)

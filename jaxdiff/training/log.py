@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import UInt8
 from tensorboardX import SummaryWriter
 
-from jaxdiff.files import replacing, save_gif, save_png, write_text
+from jaxdiff.config import ConfigError
+from jaxdiff.files import parse_json, replacing, save_gif, save_png, write_text
 from jaxdiff.training.processes import agreed, is_first
 
 
@@ -70,13 +71,21 @@ def _picture_name(step: int) -> str:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """The records of a metrics.jsonl, if there is one; a last line cut off by a kill is left out. Raises ConfigError."""
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     records = []
-    for line in path.read_text().splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            record = parse_json(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("it is no object with a step")
+            if wrong := [name for name, value in record.items() if not isinstance(value, int | float)]:
+                raise ValueError(f"{wrong[0]!r} is no number")
+        except ValueError as error:
+            if number == len(lines):  # what follows the last line's end: nothing, or what a kill cut off
+                break
+            raise ConfigError(f"{path} line {number} is damaged: {error}; mend it or delete the line") from error
+        records.append(record)
     return records
 
 

@@ -170,7 +170,7 @@ def train(
     restored = checkpoints.restore_latest(target)
     if restored is None:
         start = 0
-        if is_first() and (workdir / "metrics.jsonl").exists() and read_metrics(workdir / "metrics.jsonl"):
+        if is_first() and read_metrics(workdir / "metrics.jsonl"):
             print(f"note: {workdir} holds no checkpoint: the run begins again from step 0", file=sys.stderr)
         state = task.begin(shardings) if task.begin else init_sharded(task.init, init_key, shardings)
     else:
