@@ -2,11 +2,13 @@
 
     python benchmarks/text_followed.py --workdir runs/shapes_text --num 200
     python benchmarks/text_followed.py --workdir runs/shapes_text --num 200 --split held_out
+    python benchmarks/text_followed.py --workdir runs/shapes_text --num 200 --guidance 4 --steps 100 --sampler dpm++2m
     python benchmarks/text_followed.py --self_test
 
-For runs on the source `shapes`. Prompt i is drawn with seed i. A picture counts if every object that its prompt names is
-found in it, colour and shape together; the last line is the percentage of such pictures. "and nothing else" also wants
-no further object. `--self_test` judges pictures of the source itself, clean, noisy and blurred: so the rule is judged.
+For runs on the source `shapes`. Prompt i is drawn with seed i, as the run's own sampling settings say unless flags change them.
+A picture counts if every object that its prompt names is found in it, colour and shape together; the last line is the
+percentage of such pictures. "and nothing else" also wants no further object. `--self_test` judges pictures of the source
+itself, clean, noisy and blurred: so the rule is judged.
 
 The rule: what has colour stands out from the grey background; connected pixels are one object; hue decides its colour;
 its shape is that of the five ideal silhouettes (of the object's own area and centre, sharp or a little soft) which differs
@@ -24,6 +26,7 @@ from scipy import ndimage
 from jaxdiff.data.scenes import COLOURS, SHAPES, TWO_OBJECTS, parse_caption, prompts
 from jaxdiff.data.shapes import IMAGE_SIZE, ShapesSource, coverage, open_shapes
 from jaxdiff.data.transforms import resize_shorter_side
+from jaxdiff.diffusion.samplers import SAMPLERS
 
 Found = list[tuple[str, str]]
 MIN_ALPHA = 0.4  # chroma of a pixel that belongs to an object, as a part of its colour's own
@@ -88,11 +91,18 @@ def asked_for(prompt: str) -> Found:
     return [(thing.colour, thing.shape) for thing in parse_caption(prompt).things]
 
 
-def make_images(workdir: str, texts: Sequence[str], seeds: Sequence[int]) -> UInt8[np.ndarray, "n h w 3"]:
-    """One picture a prompt, from a run."""
-    from jaxdiff import load_run
+def make_images(options: argparse.Namespace, texts: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
+    """One picture a prompt, from the run that the flags name, made as they say."""
+    import jaxdiff
 
-    return np.asarray(load_run(workdir).text_to_image(texts, seeds))
+    return jaxdiff.text_to_image(
+        jaxdiff.load_run(options.workdir),
+        texts,
+        range(options.seed, options.seed + len(texts)),
+        guidance=options.guidance,
+        steps=options.steps,
+        sampler=options.sampler,
+    )
 
 
 def percent(marks: Sequence[bool]) -> str:
@@ -148,8 +158,8 @@ def self_test(num: int, size: int) -> None:
             )
 
 
-def main() -> None:
-    """Command line."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", help="of a run on the source shapes")
     parser.add_argument("--num", type=int, default=200, help="prompts, or pictures of the self test")
@@ -160,14 +170,24 @@ def main() -> None:
     parser.add_argument("--two_objects", type=float, default=TWO_OBJECTS, help="fraction of prompts with two objects")
     parser.add_argument("--self_test", action="store_true", help="judge pictures of the source itself")
     parser.add_argument("--image_size", type=int, default=32, help="of the self test (at most %(default)s)")
-    options = parser.parse_args()
+    group = parser.add_argument_group("sampling (defaults: the run's own)")
+    group.add_argument("--guidance", type=float, help="classifier-free guidance scale; 1 = none")
+    group.add_argument("--steps", type=int, help="of the sampler")
+    group.add_argument("--sampler", choices=SAMPLERS, help="%(choices)s")
+    options = parser.parse_args(argv)
+    if not options.self_test and not options.workdir:
+        parser.error("give --workdir or --self_test")
+    return options
+
+
+def main() -> None:
+    """Command line."""
+    options = parse_args()
     if options.self_test:
         self_test(options.num, min(options.image_size, IMAGE_SIZE))
         return
-    if not options.workdir:
-        parser.error("give --workdir or --self_test")
     texts = prompts(options.split, options.num, options.seed, options.two_objects)
-    report(make_images(options.workdir, texts, range(options.seed, options.seed + options.num)), texts)
+    report(make_images(options, texts), texts)
 
 
 if __name__ == "__main__":

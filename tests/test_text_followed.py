@@ -1,12 +1,16 @@
 """The rule that judges pictures of shapes: right on the source itself, and no friend of what it does not know."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from benchmarks import text_followed
-from benchmarks.text_followed import accuracy, judge, report, shows
+from benchmarks.text_followed import accuracy, judge, make_images, parse_args, report, shows
+from jaxdiff import text_to_image
 from jaxdiff.data.scenes import COLOURS, SHAPES, Scene, Thing, prompts
 from jaxdiff.data.shapes import GROUND, draw, open_shapes
+from tests.generation.gaussian_model import GaussianPipeline, Letters
 
 
 @pytest.mark.parametrize("split", ["test", "held_out"])
@@ -94,3 +98,16 @@ def test_the_report_counts(capsys):
     assert lines[-1] == "colour and shape asked for: 50.0% of 30 pictures"
     assert "two objects: 100.0% of 10 pictures" in lines and "one object: 25.0% of 20 pictures" in lines
     assert len(lines) == len(COLOURS) + len(SHAPES) + 4
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance": 5.0}, {"steps": 3}, {"sampler": "euler_ancestral"}])
+def test_flags_change_how_the_pictures_are_made(monkeypatch, changes):
+    """Without any the settings are the run's own."""
+    model = GaussianPipeline(tokenizer=Letters())
+    monkeypatch.setattr("jaxdiff.load_run", lambda workdir: model)
+    flags = [f"--{name}={value}" for name, value in changes.items()]
+    found = make_images(parse_args(["--workdir=run", "--seed=7", *flags]), ["star", "a red star"])
+    settings = dataclasses.replace(model.settings, **changes)
+    np.testing.assert_array_equal(found, text_to_image(model, ["star", "a red star"], [7, 8], settings=settings))
+    own = text_to_image(model, ["star", "a red star"], [7, 8])
+    assert np.array_equal(found, own) == (not changes)
