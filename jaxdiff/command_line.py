@@ -24,7 +24,7 @@ from jaxdiff.files import cache_folder, obstacle
 from jaxdiff.host_memory import keep_freed_memory
 from jaxdiff.tasks.evaluate import ALL_METRICS, RECONSTRUCTION_METRICS, WANT_REFERENCE
 from jaxdiff.tasks.stable_diffusion import StableDiffusion
-from jaxdiff.training.checkpoints import CheckpointError, SaveError
+from jaxdiff.training.checkpoints import CheckpointError, ReadError, SaveError
 from jaxdiff.training.loop import NonFiniteLossError
 from jaxdiff.training.processes import Place, ending_with_the_others, join
 
@@ -42,7 +42,7 @@ def one_line_errors() -> Iterator[None]:
         except OSError as error:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             sys.exit(_print_error(str(error), 1 if is_full else USAGE_ERROR))
-        except (NonFiniteLossError, SaveError) as error:
+        except (NonFiniteLossError, SaveError, ReadError) as error:
             sys.exit(_print_error(str(error), 1))
 
 

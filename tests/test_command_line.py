@@ -11,6 +11,7 @@ import pytest
 
 from jaxdiff.command_line import config_from_flags, one_line_errors
 from jaxdiff.config import ConfigError
+from jaxdiff.training.checkpoints import ReadError
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -112,3 +113,9 @@ def test_config_errors_become_status_2(capsys):
     with pytest.raises(SystemExit) as caught, one_line_errors():
         raise ConfigError("two\nlines")
     assert caught.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
+
+
+def test_what_may_go_better_another_time_becomes_status_1(capsys):
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        raise ReadError("checkpoint 3 cannot be read now")
+    assert caught.value.code == 1 and capsys.readouterr().err == "error: checkpoint 3 cannot be read now\n"

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from jaxdiff.training.checksums import find_damage, write_checksums
 from jaxdiff.training.processes import is_first
 
 DAMAGED = "damaged_checkpoints"
+MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)  # what the system says of files that are not there, or not files
 
 
 class CheckpointError(RuntimeError):
@@ -31,6 +33,10 @@ class CheckpointError(RuntimeError):
 
 class SaveError(RuntimeError):
     """A checkpoint could not be written."""
+
+
+class ReadError(RuntimeError):
+    """A checkpoint cannot be read now, for want of memory say; that it is damaged is not known."""
 
 
 class Checkpoints:
@@ -107,7 +113,8 @@ class Checkpoints:
         """The newest readable state as (step, state), shaped and sharded like `target`; None where there is no checkpoint.
 
         A damaged checkpoint is moved aside (never deleted) with a line on stderr and the one before it is read.
-        Raises CheckpointError, and leaves all as it is, where there are checkpoints but none can be read.
+        Raises CheckpointError, and leaves all as it is, where there are checkpoints but none can be read; ReadError where one
+        might be read at another time.
         """
         names = [f.name for f in dataclasses.fields(target)]
         found = self._newest({name: getattr(target, name) for name in names})
@@ -130,6 +137,8 @@ class Checkpoints:
             try:
                 restored = self._manager.restore(step, args=ocp.args.Composite(**args))
             except Exception as error:  # whatever the damage, the step before may be good
+                if _is_no_damage(error):
+                    raise self._not_now(step, error) from error
                 if jax.process_count() > 1:  # where the others may be elsewhere by now
                     raise
                 if isinstance(error, jax.errors.JaxRuntimeError):  # no room on the devices, say
@@ -151,7 +160,10 @@ class Checkpoints:
         if is_first():
             # Who only reads may find that a training has deleted a step meanwhile: it looks again for newer ones.
             while left := [step for step in self.steps() if step not in damaged]:
-                reason = find_damage(self.folder / str(left[-1]), items)
+                try:
+                    reason = find_damage(self.folder / str(left[-1]), items)
+                except (OSError, MemoryError) as error:
+                    raise self._not_now(left[-1], error) from error
                 if reason is None:
                     chosen = left[-1]
                     break
@@ -167,6 +179,11 @@ class Checkpoints:
                 "or give another --workdir"
             )
         return None if chosen == none else chosen
+
+    def _not_now(self, step: int, error: BaseException) -> ReadError:
+        return ReadError(
+            f"checkpoint {self.folder / str(step)} cannot be read now ({_reason(error)}): it may be good, so it stays where it is"
+        )
 
     def _leave_out(self, damaged: dict[int, str], used: int) -> None:
         """Tell of damaged steps, and move them aside where this run will write new ones in their place."""
@@ -205,6 +222,13 @@ class Checkpoints:
         """Finish saving and let go of the folder."""
         self.wait()
         self._manager.close()
+
+
+def _is_no_damage(error: BaseException) -> bool:
+    """Whether memory, open files, a disk or a network are to blame and not what is in the files."""
+    told = re.search(r"os_error_code=\W*(\d+)", str(error))  # TensorStore says it in words
+    number = int(told[1]) if told else getattr(error, "errno", None)
+    return isinstance(error, MemoryError) or (number is not None and number not in MISSING)
 
 
 def _reason(error: BaseException) -> str:

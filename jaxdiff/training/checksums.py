@@ -8,6 +8,8 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from jaxdiff.files import read_json
+
 NAME = "checksums.json"
 
 
@@ -19,13 +21,16 @@ def write_checksums(folder: pathlib.Path) -> None:
 
 
 def find_damage(folder: pathlib.Path, items: Sequence[str]) -> str | None:
-    """What is wrong with the files of some items; None where they are what was written, or where nobody wrote checksums."""
+    """What is wrong with the files of some items; None where they are what was written, or where nobody wrote checksums.
+
+    Raises OSError or MemoryError where that cannot be told now: files that cannot be opened or read may be good.
+    """
     try:
-        written = json.loads((folder / NAME).read_text())["sha256"]
+        written = read_json(folder / NAME)["sha256"]
         wanted = {name: digest for name, digest in written.items() if name.split("/")[0] in items}
     except FileNotFoundError:
         return None if folder.is_dir() else "it is gone"
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
         return f"{NAME} is damaged: {error}"
     try:
         for name in sorted(wanted.keys() | set(_files(folder, items))):
@@ -33,7 +38,7 @@ def find_damage(folder: pathlib.Path, items: Sequence[str]) -> str | None:
                 return f"{name} is missing"
             if _sha256(folder / name) != wanted.get(name):
                 return f"{name} is damaged: its SHA-256 is not that which was written"
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:  # somebody is deleting it
         return str(error)
     return None
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import resource
 import shutil
@@ -11,9 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 
 from jaxdiff.config import ShardingConfig
-from jaxdiff.training.checkpoints import CheckpointError, Checkpoints, SaveError, abstract_state
+from jaxdiff.training import checksums
+from jaxdiff.training.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    ReadError,
+    SaveError,
+    _is_no_damage,
+    abstract_state,
+)
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh
 from jaxdiff.training.state import create_state
 
@@ -156,6 +166,42 @@ def test_a_run_never_starts_afresh_over_unreadable_checkpoints(saved):
         with pytest.raises(CheckpointError, match="none of the checkpoints .*step 3: params/manifest.ocdbt is damaged"):
             Checkpoints(saved, keep=2).restore_latest(target(make_mesh(ShardingConfig())))
     assert contents(saved.parent) == before
+
+
+FAULTS = [
+    MemoryError(),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.ESTALE, "Stale file handle"),
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError(errno.EACCES, "Permission denied"),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=repr)
+@pytest.mark.parametrize("where", ["find_damage", "restore"])
+def test_a_fault_that_may_pass_is_no_damage(saved, fault, where, monkeypatch):
+    def fail(*_, **__):
+        raise fault
+
+    before = contents(saved.parent)
+    checkpoints = Checkpoints(saved, keep=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((checksums, "_sha256") if where == "find_damage" else (checkpoints._manager, "restore")), fail)
+        with pytest.raises(ReadError, match=rf"{saved / '3'} cannot be read now .*: it may be good, so it stays where"):
+            checkpoints.restore_latest(target(make_mesh(ShardingConfig())))
+    assert contents(saved.parent) == before
+    assert checkpoints.restore_latest(target(make_mesh(ShardingConfig())))[0] == 3
+
+
+def test_what_tensorstore_says_of_the_machine_is_no_damage_and_of_missing_files_is(saved):
+    store = tensorstore.KvStore.open({"driver": "file", "path": f"{saved}/"}).result()
+    (saved / "pipe").symlink_to("pipe")  # which leads in a circle
+
+    with pytest.raises(Exception, match="os_error_code") as caught:
+        store.read("pipe").result()
+    assert _is_no_damage(caught.value)
+    for error in (FileNotFoundError(errno.ENOENT, "gone"), ValueError("NOT_FOUND: [os_error_code='2']"), KeyError("a")):
+        assert not _is_no_damage(error)
 
 
 def test_a_checkpoint_of_which_only_the_name_is_left_is_no_beginning(saved):
