@@ -32,7 +32,7 @@ def make_tokenizer(config: TextConfig, captions: Sequence[str]) -> Tokenizer:
     try:
         if config.tokenizer:
             tokenizer = Tokenizer.load(pathlib.Path(config.tokenizer).expanduser())
-            return Tokenizer.create(tokenizer.vocabulary, tokenizer.merges, config.context_length, tokenizer.pad_token)
+            return tokenizer.with_context_length(config.context_length)
         return train_tokenizer(captions, config.vocabulary_size, config.context_length)
     except ValueError as error:
         raise ConfigError(f"config.text: {error}") from error
@@ -46,7 +46,8 @@ def prepare(
     given: the tokenizer of a pretrained text encoder.
     """
     if (workdir / KEPT).is_file():
-        return read(workdir)
+        tokenizer, kept = read(workdir)
+        return given or tokenizer, kept  # whose context is as long as its encoder's, whatever a file says
     captions = some_captions(source, MAX_KEPT if config.text.tokenizer or given else MAX_READ)
     tokenizer = given or make_tokenizer(config.text, captions)
     kept = [captions[int(i)] for i in np.random.default_rng(config.seed).permutation(len(captions))[:MAX_KEPT]]

@@ -19,7 +19,7 @@ from jaxdiff.training.state import Params
 from jaxdiff.weights.names import text_encoder_rules, to_ours
 from jaxdiff.weights.single_file import MOST_LAYERS
 from jaxdiff.weights.tensors import read_tensors
-from jaxdiff.weights.tokenizer import FILES, Tokenizer
+from jaxdiff.weights.tokenizer import FILES, WHOLE, Tokenizer
 
 ENCODER, TOKENIZER = "text_encoder", "tokenizer"  # folders, of a workdir as of a Stable Diffusion checkpoint
 CONFIG, TENSORS = "config.json", "model.safetensors"
@@ -86,10 +86,10 @@ def find_folders(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
     for encoder in (path / ENCODER, path):
         if (encoder / TENSORS).is_file() and (encoder / CONFIG).is_file():
             for tokenizer in (path / TOKENIZER, encoder, encoder.parent / TOKENIZER):
-                if (tokenizer / FILES[0]).is_file():
+                if any((tokenizer / name).is_file() for name in (FILES[0], WHOLE)):
                     return encoder, tokenizer
             raise ConfigError(
-                f"{encoder} has no tokenizer: {FILES[0]} and {FILES[1]} beside it, or in {path / TOKENIZER}"
+                f"{encoder} has no tokenizer: {FILES[0]} and {FILES[1]}, or {WHOLE}, beside it or in {path / TOKENIZER}"
             )
     raise ConfigError(f"{path} holds no text encoder: {CONFIG} with {TENSORS}, or {ENCODER}/ with both")
 
@@ -97,15 +97,15 @@ def find_folders(path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
 def keep_text_model(path: str, workdir: pathlib.Path, write: bool = True) -> TextModel:
     """The text encoder of a run, copied into its workdir at the start: as `first_stage.keep_first_stage`."""
     if not (workdir / ENCODER / TENSORS).is_file():
-        encoder, tokenizer = find_folders(pathlib.Path(path).expanduser())
+        encoder, _ = find_folders(pathlib.Path(path).expanduser())
         model = load_text_model(path)
         if write:
-            copies = [(tokenizer / name, workdir / TOKENIZER / name) for name in FILES if (tokenizer / name).is_file()]
-            copies += [(encoder / name, workdir / ENCODER / name) for name in (CONFIG, TENSORS)]  # the tensors last
-            for source, target in copies:
+            model.tokenizer.save(workdir / TOKENIZER)  # what was read, from whichever files it came
+            for name in (CONFIG, TENSORS):  # the tensors last: they say that all is there
+                target = workdir / ENCODER / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 temporary = target.with_name(f".{target.name}.part")
-                shutil.copyfile(source, temporary)
+                shutil.copyfile(encoder / name, temporary)
                 temporary.replace(target)
         return model
     model = load_text_model(workdir)

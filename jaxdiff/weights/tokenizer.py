@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 from jaxtyping import Int
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxdiff.files import read_json, write_text
+from jaxdiff.files import write_text
+from jaxdiff.weights.added_tokens import END, START, read_added, read_object, read_settings, state_of
 
-START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 CONTEXT_LENGTH = 77
 MOST_TOKENS = 2**16  # of a prompt; files without a limit say 10^30
@@ -29,6 +29,7 @@ MOST_IDS = 2**20  # of a vocabulary: CLIP's has 49,408
 # A word is a run of letters, one digit, an English ending, or a run of anything else but spaces; they go without spaces.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+WHOLE = "tokenizer.json"  # vocabulary and merges in one
 
 HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 
@@ -42,6 +43,7 @@ class Tokenizer(NamedTuple):
     merges: Merges
     context_length: int
     pad_token: str
+    added: tuple[AddedToken, ...]  # found whole in a prompt
     backend: tokenizers.Tokenizer
 
     @classmethod
@@ -51,16 +53,16 @@ class Tokenizer(NamedTuple):
         merges: Merges,
         context_length: int = CONTEXT_LENGTH,
         pad_token: str = END,
+        added: Sequence[AddedToken] = (),
     ) -> Tokenizer:
-        """Tokenizer of a vocabulary and its merges, the most frequent first. Raises ValueError for what cannot be one."""
+        """Tokenizer of a vocabulary and its merges, the most frequent first. Raises ValueError for what cannot be one.
+
+        added: tokens that are found whole in a prompt, besides start, end and padding, or in the place of these.
+        """
         _check_vocabulary(vocabulary, merges)
-        if not isinstance(pad_token, str):
-            raise ValueError(f"tokenizer: pad_token = {str(pad_token)[:80]!r} must be text")
         lacking = [token for token in (START, END, pad_token) if token not in vocabulary]
         if lacking:
             raise ValueError(f"tokenizer: the vocabulary has no {' nor '.join(lacking)}")
-        if context_length < 2:
-            raise ValueError(f"tokenizer: a context of {context_length} tokens has no room for start and end")
         try:
             model = models.BPE(
                 vocab=vocabulary,
@@ -76,8 +78,16 @@ class Tokenizer(NamedTuple):
         backend.normalizer, backend.pre_tokenizer = _normalizer(), _pre_tokenizer()
         backend.decoder = decoders.ByteLevel()
         # As transformers does: these are found whole in a prompt, the padding too ("!" in Stable Diffusion 2).
-        backend.add_special_tokens([START, END, pad_token])
-        return cls(vocabulary, merges, context_length, pad_token, backend)
+        whole = _plain(pad_token) | {token.content: token for token in added}
+        backend.add_tokens(list(whole.values()))
+        tokenizer = cls(vocabulary, merges, CONTEXT_LENGTH, pad_token, tuple(whole.values()), backend)
+        return tokenizer.with_context_length(context_length)
+
+    def with_context_length(self, context_length: int) -> Tokenizer:
+        """The same for so many tokens."""
+        if context_length < 2:
+            raise ValueError(f"tokenizer: a context of {context_length} tokens has no room for start and end")
+        return self._replace(context_length=context_length)
 
     @property
     def vocabulary_size(self) -> int:
@@ -132,7 +142,7 @@ class Tokenizer(NamedTuple):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the three files, which `load` and transformers.CLIPTokenizer read."""
         folder = pathlib.Path(folder)
-        settings = {
+        settings: dict[str, Any] = {
             "tokenizer_class": "CLIPTokenizer",
             "model_max_length": self.context_length,
             "bos_token": START,
@@ -140,6 +150,9 @@ class Tokenizer(NamedTuple):
             "unk_token": END,
             "pad_token": self.pad_token,
         }
+        if self.added != tuple(_plain(self.pad_token).values()):
+            listed = {str(self.vocabulary[token.content]): state_of(token) for token in self.added}
+            settings["added_tokens_decoder"] = listed
         write_text(folder / FILES[0], json.dumps(self.vocabulary, ensure_ascii=False))
         write_text(folder / FILES[1], "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in self.merges)]) + "\n")
         write_text(folder / FILES[2], json.dumps(settings, indent=2) + "\n")
@@ -149,21 +162,23 @@ class Tokenizer(NamedTuple):
         """Read a folder of `save` or the `tokenizer/` folder of a checkpoint. Raises ValueError naming the file."""
         folder = pathlib.Path(folder)
         vocabulary, merges = _read_vocabulary(folder)
-        settings = _read_json(folder / FILES[2]) if (folder / FILES[2]).is_file() else {}
-        special = folder / "special_tokens_map.json"
-        pad = settings.get("pad_token") or (_read_json(special).get("pad_token") if special.is_file() else None) or END
+        settings = read_settings(folder)
+        added = read_added(folder, settings)
+        for token in added:
+            if token.content not in (START, END):
+                vocabulary.setdefault(token.content, len(vocabulary))
+        pad = settings.get("pad_token") or END
         length = settings.get("model_max_length", CONTEXT_LENGTH)
         if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 2:
             raise ValueError(
                 f"{folder / FILES[2]}: model_max_length = {str(length)[:80]!r} must be a number, at least 2"
             )
-        # Older files keep a token as a dict of its properties.
-        pad_token: Any = pad.get("content") if isinstance(pad, dict) else pad
         return cls.create(
             vocabulary,
             merges,
             CONTEXT_LENGTH if length > MOST_TOKENS else int(length),
-            pad_token,
+            pad["content"] if isinstance(pad, dict) else pad,
+            added,
         )
 
 
@@ -194,6 +209,11 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, context_lengt
     return Tokenizer.create({token: i for i, token in enumerate(tokens)}, merges, context_length)
 
 
+def _plain(pad_token: str) -> dict[str, AddedToken]:
+    """The tokens that every tokenizer finds whole."""
+    return {token: AddedToken(token, special=True) for token in (START, END, pad_token)}
+
+
 def _normalizer() -> normalizers.Normalizer:
     return normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(tokenizers.Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -207,9 +227,9 @@ def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 def _read_vocabulary(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
     """From vocab.json and merges.txt, or from the one tokenizer.json that transformers 5 writes."""
-    whole = folder / "tokenizer.json"
+    whole = folder / WHOLE
     if not (folder / FILES[0]).is_file() and whole.is_file():
-        content = _read_json(whole)
+        content = read_object(whole)
         try:
             added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
             pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in content["model"]["merges"]]
@@ -225,7 +245,7 @@ def _read_vocabulary(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / FILES[1]} is not text (UTF-8)") from error
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
-    return _read_json(folder / FILES[0]), _checked_merges(pairs, folder / FILES[1])
+    return read_object(folder / FILES[0]), _checked_merges(pairs, folder / FILES[1])
 
 
 def _check_vocabulary(vocabulary: Any, merges: Merges) -> None:
@@ -247,13 +267,3 @@ def _checked_merges(pairs: list[list[str]], path: pathlib.Path) -> Merges:
     ):
         raise ValueError(f"{path}: every merge must be two pieces with a space between")
     return [(a, b) for a, b in pairs]
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        content = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return content

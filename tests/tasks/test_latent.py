@@ -18,7 +18,7 @@ from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.first_stage import CONFIG, TENSORS, load_first_stage, save_first_stage
 from jaxdiff.tasks.latents import encode_data, moments
 from jaxdiff.tasks.run import load_run
-from jaxdiff.tasks.text_model import load_text_model
+from jaxdiff.tasks.text_model import keep_text_model, load_text_model
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.sharding import make_mesh, make_runner
@@ -308,6 +308,33 @@ def test_a_pretrained_text_encoder_stays_as_it_is_and_goes_with_the_run(text_fol
     jax.tree.map(np.testing.assert_array_equal, run.params["text_encoder"], given.params)
     assert load_text_model(tmp_path / "run").sha256 == given.sha256
     assert run.text_to_image(["a red circle"], [0], negative="blue").shape == (1, 8, 8, 3)
+
+
+def no_settings(tokenizer):
+    """Transformers' older layout: the padding is told in a file of its own."""
+    (tokenizer / "tokenizer_config.json").unlink()
+    (tokenizer / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+
+
+def one_file(tokenizer):
+    """As transformers 5 writes it."""
+    vocabulary = json.loads((tokenizer / "vocab.json").read_text())
+    merges = (tokenizer / "merges.txt").read_text().splitlines()[1:]
+    (tokenizer / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary, "merges": merges}}))
+    for name in ("vocab.json", "merges.txt"):
+        (tokenizer / name).unlink()
+
+
+@pytest.mark.parametrize("layout", [no_settings, one_file])
+def test_the_copy_of_a_text_encoder_reads_captions_as_the_original_does(text_folder, tmp_path, layout):
+    """From whatever files its tokenizer came: so the run can go on, too."""
+    shutil.copytree(text_folder, tmp_path / "sd")
+    layout(tmp_path / "sd" / "tokenizer")
+    given = keep_text_model(str(tmp_path / "sd"), tmp_path / "run")
+    kept = keep_text_model(str(tmp_path / "sd"), tmp_path / "run")
+    np.testing.assert_array_equal(kept.tokenizer.encode(CAPTIONS), given.tokenizer.encode(CAPTIONS))
+    assert kept.sha256 == given.sha256
+    assert kept.tokenizer.pad_token == ("!" if layout is no_settings else "<|endoftext|>")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxdiff.config import ConfigError
+from jaxdiff.data.sources import open_source
 from jaxdiff.evaluation.scores import Options
 from jaxdiff.tasks import captions
 from jaxdiff.tasks.diffusion import DiffusionTask
@@ -113,6 +114,16 @@ def test_damaged_captions_are_named(tmp_path, content):
     (tmp_path / "captions.json").write_text(content)
     with pytest.raises(ConfigError, match=r"captions.json: "):
         captions.read(tmp_path)
+
+
+def test_a_text_encoders_tokenizer_is_taken_when_a_run_goes_on_too(tmp_path):
+    """Its context is as long as the encoder's; the file of many a tokenizer says another length."""
+    config, source = tiny_config(**TEXT), open_source("shapes")
+    own = train_tokenizer(["a red circle"], 560, 12)
+    own._replace(context_length=77).save(tmp_path / "tokenizer")
+    begun, kept = captions.prepare(config, source, tmp_path, write=True, given=own)
+    gone_on, again = captions.prepare(config, source, tmp_path, write=True, given=own)
+    assert begun.context_length == gone_on.context_length == 12 and again == kept
 
 
 def test_missing_tokenizer_is_named(tmp_path):
