@@ -26,7 +26,7 @@ from jaxdiff.tasks.evaluate import ALL_METRICS, RECONSTRUCTION_METRICS, WANT_REF
 from jaxdiff.tasks.stable_diffusion import StableDiffusion
 from jaxdiff.training.checkpoints import CheckpointError, ReadError, SaveError
 from jaxdiff.training.loop import NonFiniteLossError
-from jaxdiff.training.processes import Place, ending_with_the_others, join
+from jaxdiff.training.processes import JoinError, Place, ending_with_the_others, join
 
 USAGE_ERROR = 2
 
@@ -42,7 +42,7 @@ def one_line_errors() -> Iterator[None]:
         except OSError as error:
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             sys.exit(_print_error(str(error), 1 if is_full else USAGE_ERROR))
-        except (NonFiniteLossError, SaveError, ReadError) as error:
+        except (NonFiniteLossError, SaveError, ReadError, JoinError) as error:
             sys.exit(_print_error(str(error), 1))
 
 
@@ -154,7 +154,7 @@ def process_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def set_up_jax(args: argparse.Namespace, saves: bool = False) -> None:
-    """Host memory, compilation cache, and the other processes, if there are any. `saves`: see `join`. Raises ConfigError."""
+    """Host memory, compilation cache, and the other processes, if there are any. `saves`: see `join`. Raises as `join` does."""
     keep_freed_memory()
     set_up_compilation_cache()
     join(Place(args.coordinator, args.process_id, args.num_processes), saves)
@@ -257,7 +257,11 @@ def _check_settings(config: Config, args: argparse.Namespace, num: int) -> None:
 def add_score_flags(parser: argparse.ArgumentParser) -> None:
     """What looks at the images, and how the scores are worked out."""
     group = parser.add_argument_group("features")
-    group.add_argument("--extractor", choices=EXTRACTORS, default="inception", help="default inception")
+    group.add_argument(
+        "--extractor",
+        choices=EXTRACTORS,
+        help="default with --workdir: the run's config.evaluation.extractor; else, or with --weights, inception",
+    )
     group.add_argument("--weights", help="file of the inception network's weights (default: downloaded once)")
     group.add_argument("--precision", choices=PRECISIONS, default="float32", help="default float32")
     group.add_argument("--extract_batch", type=int, default=16, help="images that a device looks at at a time")
@@ -272,6 +276,13 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--infinite", action="store_true", help="also FID extrapolated to infinitely many images")
     group.add_argument("--force", action="store_true", help="print scores of what is not comparable, marked as such")
     group.add_argument("--ode_steps", type=int, default=128, help="of bpd's ODE (default 128)")
+
+
+def chosen_extractor(args: argparse.Namespace, config: Config | None) -> tuple[str, str | None]:
+    """Name and weights file of what looks at the images: the flags', else those of the run's config, else FID's own."""
+    if args.extractor or args.weights or config is None:
+        return args.extractor or "inception", args.weights
+    return config.evaluation.extractor, config.evaluation.weights or None
 
 
 def score_options(args: argparse.Namespace) -> Options:

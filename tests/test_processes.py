@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxdiff.command_line import process_flags
+from jaxdiff.command_line import one_line_errors, process_flags
 from jaxdiff.config import ConfigError, to_json
 from jaxdiff.files import write_text
 from jaxdiff.training import processes
@@ -94,6 +94,29 @@ def test_a_port_that_is_taken_is_refused(nowhere):
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"--coordinator localhost:{port}: process 0 cannot listen there"):
             processes.join(Place(f"localhost:{port}", 0, 2))
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ValueError("Number of processes must be defined."), 2),
+        (ValueError("UNAVAILABLE: failed to connect to all addresses"), 1),
+        (RuntimeError("DEADLINE_EXCEEDED: Barrier timed out"), 1),
+        (ConnectionRefusedError("Connection refused"), 1),
+        (KeyError("SLURM_LOCALID"), 1),
+    ],
+    ids=repr,
+)
+def test_only_wrong_arguments_are_told_a_supervisor_as_hopeless(nowhere, error, status, capsys):
+    def initialize(*_, **__):
+        raise error
+
+    nowhere.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit) as caught, one_line_errors():
+        processes.join(Place("localhost:1234", 1, 2))
+    told = capsys.readouterr().err
+    assert caught.value.code == status
+    assert told == f"error: the other processes of the run cannot be joined (localhost:1234): {error}\n"
 
 
 def test_process_flags_are_taken_out_of_the_others():

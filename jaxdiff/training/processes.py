@@ -31,6 +31,10 @@ LOST_STATUS = 1
 SIGNS_OF_A_LOSS = ("Gloo", "NCCL", "heartbeat", "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED")  # in errors
 
 
+class JoinError(RuntimeError):
+    """The other processes of a run could not be reached: they may be at another time."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a process stands among those of a run; what is None the launcher knows, or there is one process only."""
@@ -90,7 +94,7 @@ def join(place: Place, saves: bool = False) -> None:
     """Join the other processes of the run, if there are any. Must come before JAX's first computation.
 
     From then on only process 0 says what goes on; warnings and errors come from all. `saves`: SIGTERM goes to JAX's preemption
-    service, by which training ends with a checkpoint; else it ends the process, as usual. Raises ConfigError.
+    service, by which training ends with a checkpoint; else it ends the process, as usual. Raises ConfigError, and JoinError.
     """
     check_place(place)
     found = launcher()
@@ -108,7 +112,8 @@ def join(place: Place, saves: bool = False) -> None:
             place.coordinator, place.num_processes, place.process_id, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
-        raise ConfigError(
+        wrong = isinstance(error, ValueError) and not _tells_of_a_loss(error)
+        raise (ConfigError if wrong else JoinError)(
             f"the other processes of the run cannot be joined ({found or place.coordinator}): {error}"
         ) from error
     if not saves:
@@ -175,7 +180,7 @@ def noticing_a_loss() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError) as error:  # what XLA says comes as either
-        if not jax.distributed.is_initialized() or not any(sign in str(error) for sign in SIGNS_OF_A_LOSS):
+        if not jax.distributed.is_initialized() or not _tells_of_a_loss(error):
             raise
         reason = " ".join(str(error).split())[:300]
         print(
@@ -184,6 +189,10 @@ def noticing_a_loss() -> Iterator[None]:
             file=sys.stderr,
         )
         _leave(LOST_STATUS)
+
+
+def _tells_of_a_loss(error: Exception) -> bool:
+    return any(sign in str(error) for sign in SIGNS_OF_A_LOSS)
 
 
 def _leave(status: int) -> None:
