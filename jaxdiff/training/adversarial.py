@@ -21,6 +21,7 @@ from jaxdiff.training.step import moving_average
 
 Images = Float[Array, "b h w c"]
 Scalar = Float[Array, ""]
+WATCHED = ("discriminator_loss", "discriminator_grad_norm")
 
 
 @jax.tree_util.register_dataclass
@@ -82,7 +83,6 @@ def make_adversarial_update(
         metrics |= more
         direction, loss = towards_original, loss + regulariser
         players = (state.discriminator_params, state.discriminator_opt_state)
-        finite = jnp.isfinite(loss)
         if objective.generator is not None:
             begun = state.step >= objective.start
             adversarial, towards_real = _judged(objective.generator, whole(players[0]), x_hat, begun)
@@ -98,7 +98,6 @@ def make_adversarial_update(
                 objective.discriminator, discriminator_optimizer, players, x, x_hat, begun, average
             )
             metrics |= {"adversarial": adversarial, "adversarial_weight": weight, **theirs}
-            finite &= jnp.isfinite(theirs["discriminator_loss"])
         gradient = average(pull_back((direction, jnp.ones_like(regulariser)))[0])
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -106,7 +105,8 @@ def make_adversarial_update(
         metrics = average({"loss": loss, **metrics})
         metrics["grad_norm"] = optax.tree.norm(gradient)
         metrics["learning_rate"] = jnp.asarray(learning_rate(state.step), jnp.float32)
-        metrics["finite"] = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        watched = ("loss", "grad_norm") if objective.generator is None else ("loss", "grad_norm", *WATCHED)
+        metrics["finite"] = jnp.isfinite(jnp.stack([metrics[name] for name in watched])).all()
         return AdversarialState(state.step + 1, params, ema_params, opt_state, *players), metrics
 
     return update
@@ -129,11 +129,13 @@ def _improve(
     def step() -> tuple[Any, Metrics]:
         params, opt_state = players
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(whole(params), x, x_hat)
-        updates, opt_state = optimizer.update(average(gradient), opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state), {"discriminator_loss": value, **metrics}
+        gradient = average(gradient)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        told = dict(zip(WATCHED, (value, optax.tree.norm(gradient)), strict=True))
+        return (optax.apply_updates(params, updates), opt_state), {**told, **metrics}
 
     shapes = jax.eval_shape(lambda: loss(players[0], x, x_hat))[1]
-    nothing = {name: jnp.zeros(()) for name in ("discriminator_loss", *shapes)}
+    nothing = {name: jnp.zeros(()) for name in (*WATCHED, *shapes)}
     return _once(begun, step, (players, nothing))
 
 

@@ -295,9 +295,13 @@ class _Run:
         self._pending = []
         for offset, metrics in enumerate(history, start=step - len(history) + 1):
             if not metrics["finite"]:
+                others = [
+                    name for name in metrics if name not in ("loss", "grad_norm") and not np.isfinite(metrics[name])
+                ]
                 raise NonFiniteLossError(
-                    f"step {offset}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}; the last good "
-                    f"checkpoint is that of step {self.saved} (try a smaller learning rate, or float32)"
+                    f"step {offset}: the loss is {metrics['loss']} and the gradient norm {metrics['grad_norm']}"
+                    f"{''.join(f', {name} {metrics[name]}' for name in others)}; the last good checkpoint is that of step "
+                    f"{self.saved} (try a smaller learning rate, or float32)"
                 )
         assert self.stage is not None
         columns = {name: np.array([m[name] for m in history], np.float64) for name in history[0] if name != "finite"}
