@@ -70,8 +70,9 @@ def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results
         metrics = [name for name in metrics if name != "bpd"]
 
     def make_scorer() -> Scorer:
-        mesh = local_mesh(run.task.config if run else Config())
-        return Scorer(load_extractor(args.extractor, args.weights, args.precision), mesh, args.extract_batch)
+        config = run.task.config if run else None
+        extractor = load_extractor(*command_line.chosen_extractor(args, config), args.precision)
+        return Scorer(extractor, local_mesh(config or Config()), args.extract_batch)
 
     if run and (asked := [name for name in metrics if name in tasks.RECONSTRUCTION_METRICS]):
         yield tasks.evaluate_reconstructions(asked, run, make_scorer, args.data_dir, args.split, args.num, args.seed)

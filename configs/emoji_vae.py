@@ -2,7 +2,7 @@
 
     python -m jaxdiff.data.emoji --out data/emoji
     python train.py --config configs/emoji_vae.py --config.data.dir=data/emoji --workdir runs/emoji_vae
-    python evaluate.py --workdir runs/emoji_vae --metrics psnr,ssim,rfid --extractor efficientnet-lite0
+    python evaluate.py --workdir runs/emoji_vae --metrics psnr,ssim,rfid
 
 Needs pip install 'jaxdiff[emoji,offline]'; any other folder of images will do. 682,000 parameters. On 2 CPU cores that did
 other things too: 15 min 21 s; of 500 images PSNR 25.6 dB, SSIM 0.862. For a GPU, untried:

@@ -10,15 +10,24 @@ import numpy as np
 import pytest
 
 from jaxdiff.evaluation.statistics import Provenance, Statistics
+from jaxdiff.tasks.diffusion import DiffusionTask
+from jaxdiff.tasks.run import Run
+from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def main(argv, monkeypatch):
-    """Run the command in this process."""
+def command():
+    """The command as a module."""
     spec = importlib.util.spec_from_file_location("evaluate_command", ROOT / "evaluate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def main(argv, monkeypatch):
+    """Run the command in this process."""
+    module = command()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *argv])
     module.main()
 
@@ -76,6 +85,31 @@ def test_argparse_refuses(argv, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         main(argv, monkeypatch)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--workdir=run"], ("efficientnet-lite0", None)),
+        (["--workdir=run", "--extractor=inception"], ("inception", None)),
+        (["--workdir=run", "--weights=w.pth"], ("inception", "w.pth")),
+        (["--images=digits"], ("inception", None)),
+    ],
+)
+def test_a_run_is_looked_at_by_its_own_extractor(flags, wanted, monkeypatch):
+    """Else what train.py says to run next would ask for a download that the run had been spared."""
+    config = tiny_config(**{"evaluation.extractor": "efficientnet-lite0"})
+    module, loaded = command(), []
+
+    def load_extractor(name, weights, precision):
+        loaded.append((name, weights))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(module, "load_run", lambda workdir: Run(DiffusionTask(config), None, 0, ()))
+    monkeypatch.setattr(module, "load_extractor", load_extractor)
+    with pytest.raises(ValueError, match="far enough"):
+        list(module.results_of(module.parse_args(flags), ["is"]))
+    assert loaded == [wanted]
 
 
 def write_reference(path, dimension, **changes):
