@@ -452,6 +452,21 @@ RUNS = [
         change("text_run/tokenizer/tokenizer_config.json", model_max_length="77"),
     ),
     Row("sample --workdir text_run", "pad_token", change("text_run/tokenizer/tokenizer_config.json", pad_token=[1])),
+    Row(
+        "sample --workdir text_run",
+        "tokenizer_config.json: added_tokens_decoder: 0 = 3 must be text",
+        change("text_run/tokenizer/tokenizer_config.json", added_tokens_decoder={"0": 3}),
+    ),
+    Row(
+        "sample --workdir text_run",
+        "special_tokens_map.json is not JSON",
+        put("text_run/tokenizer/special_tokens_map.json", "{"),
+    ),
+    Row(
+        "sample --workdir text_run",
+        "special_tokens_map.json: pad_token = [1] must be text",
+        put("text_run/tokenizer/special_tokens_map.json", '{"pad_token": [1]}'),
+    ),
     Row("export --workdir run", "the following arguments are required: --out"),
     Row("export --workdir run --out photos", "photos exists already"),
     Row("export --workdir run --out x --platforms abacus", "abacus"),

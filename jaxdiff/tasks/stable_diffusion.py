@@ -510,4 +510,4 @@ def _tokenizer(
         known = f"{text_encoder.vocabulary_size:,}"
         raise ConfigError(f"{where}: {tokenizer.vocabulary_size:,} tokens, but the text encoder knows {known}")
     length = min(tokenizer.context_length, text_encoder.context_length)
-    return Tokenizer.create(tokenizer.vocabulary, tokenizer.merges, length, tokenizer.pad_token)
+    return tokenizer.with_context_length(length)

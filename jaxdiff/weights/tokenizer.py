@@ -20,7 +20,10 @@ from jaxtyping import Int
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from jaxdiff.files import write_text
-from jaxdiff.weights.added_tokens import END, START, read_added, read_object, read_settings, state_of
+from jaxdiff.weights.added_tokens import END as END
+from jaxdiff.weights.added_tokens import START as START
+from jaxdiff.weights.added_tokens import WHOLE as WHOLE
+from jaxdiff.weights.added_tokens import read_added, read_object, read_settings, state_of
 
 END_OF_WORD = "</w>"
 CONTEXT_LENGTH = 77
@@ -29,7 +32,6 @@ MOST_IDS = 2**20  # of a vocabulary: CLIP's has 49,408
 # A word is a run of letters, one digit, an English ending, or a run of anything else but spaces; they go without spaces.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
-WHOLE = "tokenizer.json"  # vocabulary and merges in one
 
 HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
 

@@ -210,7 +210,7 @@ def test_index_of_shards(tmp_path, weight_map, config):
 
 
 TOKENIZER = train_tokenizer(["a red circle"], 520, 8)
-SETTINGS = ("model_max_length", "pad_token")
+SETTINGS = ("model_max_length", "pad_token", "added_tokens_decoder")
 models = st.dictionaries(st.sampled_from(["vocab", "merges"]), json_values)
 
 

@@ -67,7 +67,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, tmp_path):
     short = train_tokenizer(CAPTIONS, 600, context_length=12)
     short.save(tmp_path / "new")
     loaded = Tokenizer.load(tmp_path / "new")
-    assert loaded[:4] == short[:4] and loaded.context_length == 12
+    assert loaded[:5] == short[:5] and loaded.context_length == 12
     prompts = ["a red circle", "日", "it's"]
     np.testing.assert_array_equal(loaded.encode(prompts), short.encode(prompts))
     np.testing.assert_array_equal(loaded.encode(prompts)[:2], tokenizer.encode(prompts)[:2, :12])
@@ -98,6 +98,55 @@ def test_padding_of_a_checkpoint_is_followed(tokenizer, tmp_path):
         assert ids[0].tolist() == [tokenizer.start_token, tokenizer.end_token] + [bang] * 75
 
 
+def flags(content, **changed):
+    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+    return {"content": content} | plain | changed
+
+
+# As in published folders: SD 1's and 2's of 2022, and those that transformers wrote from 2023 on. None: as `save` writes it.
+OLD = {name: {"__type": "AddedToken"} | flags(token) for name, token in (("bos_token", START), ("eos_token", END))}
+MAP = {"bos_token": flags(START), "eos_token": flags(END), "unk_token": flags(END)}
+LISTED = {"598": flags(START, special=True), "599": flags(END, special=True)}
+LISTED_BANG = LISTED | {"0": flags("!", normalized=False, special=True)}
+FOLDERS = {  # what tokenizer_config.json and special_tokens_map.json say, the padding, and whether "!" is found whole
+    "the config alone": ({"pad_token": "!"}, None, "!", True),
+    "nothing": ({"pad_token": None}, None, END, False),
+    "the map alone": ({"pad_token": None}, MAP | {"pad_token": "!"}, "!", True),
+    "SD 1": (OLD, MAP | {"pad_token": END}, END, False),
+    "SD 2": (OLD | {"pad_token": END}, MAP | {"pad_token": "!"}, "!", True),
+    "the other way round": ({"pad_token": "!"}, MAP | {"pad_token": END}, END, False),
+    "listed": ({"pad_token": "!", "added_tokens_decoder": LISTED_BANG}, MAP | {"pad_token": END}, "!", True),
+    "listed, but another pad": ({"added_tokens_decoder": LISTED_BANG}, MAP | {"pad_token": "!"}, END, True),
+    "listed without it": ({"added_tokens_decoder": LISTED}, MAP | {"pad_token": "!"}, END, False),
+    "a new word": ({"added_tokens_decoder": LISTED | {"600": flags("<frog>", rstrip=True)}}, None, END, False),
+}  # fmt: skip
+
+
+def write_folder(tokenizer, folder, config, special):
+    tokenizer.save(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | config
+    settings = {name: value for name, value in settings.items() if value is not None}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    if special is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_of_two_files_that_disagree_the_right_one_is_followed(tokenizer, tmp_path, name):
+    config, special, pad, whole = FOLDERS[name]
+    write_folder(tokenizer, tmp_path, config, special)
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.pad_token == pad and ("!" in {token.content for token in loaded.added}) == whole
+    end = tokenizer.vocabulary["!</w>"]
+    assert loaded.encode(["!"])[0, 1] == (tokenizer.vocabulary["!"] if whole else end)
+    loaded.save(tmp_path / "copy")  # which finds the same tokens, the same way
+    copy, prompts = Tokenizer.load(tmp_path / "copy"), ["a !! <FROG> <frog>  x", ""]
+    assert copy.with_context_length(9).added == copy.added and set(map(repr, copy.added)) == set(
+        map(repr, loaded.added)
+    )
+    np.testing.assert_array_equal(copy.encode(prompts), loaded.encode(prompts))
+
+
 def test_refusals(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="vocabulary_size is 513, but bytes, start and end alone are 514"):
         train_tokenizer(CAPTIONS, 513)
@@ -112,6 +161,17 @@ def test_refusals(tokenizer, tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
     with pytest.raises(ValueError, match="two pieces"):
         Tokenizer.load(tmp_path)
+    tokenizer.save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for listed, message in [
+        ([], "added_tokens_decoder must be an object of tokens by their numbers"),
+        ({"-1": "a"}, "added_tokens_decoder must be an object of tokens by their numbers"),
+        ({"0": {"special": True}}, "added_tokens_decoder: 0 = .* must be text, or an object with it as content"),
+        ({"0": {"content": "!", "lstrip": 1}}, "added_tokens_decoder: 0: lstrip must be true or false"),
+    ]:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"added_tokens_decoder": listed}))
+        with pytest.raises(ValueError, match=f"tokenizer_config.json: {message}"):
+            Tokenizer.load(tmp_path)
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(ValueError, match="not JSON"):
         Tokenizer.load(tmp_path)
@@ -136,4 +196,29 @@ def test_ids_are_those_of_transformers(tokenizer, tmp_path, pad_token):
             assert theirs.decode(inner) == ours.decode_ids(inner)
     # What transformers writes, we read: transformers 5 has one file where there were two.
     theirs.save_pretrained(tmp_path / "theirs")
-    assert Tokenizer.load(tmp_path / "theirs")[:4] == ours[:4]
+    assert Tokenizer.load(tmp_path / "theirs")[:5] == ours[:5]
+
+
+@pytest.mark.peer
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_is_read_as_transformers_reads_it(tokenizer, tmp_path, name):
+    import_torchvision()
+    from transformers import CLIPTokenizer
+
+    write_folder(tokenizer, tmp_path, *FOLDERS[name][:2])
+    theirs = CLIPTokenizer.from_pretrained(tmp_path)
+    Tokenizer.load(tmp_path).save(tmp_path / "copy")
+    theirs.save_pretrained(tmp_path / "theirs")
+    for ours in (Tokenizer.load(folder) for folder in (tmp_path, tmp_path / "copy", tmp_path / "theirs")):
+        assert ours.vocabulary_size == len(theirs)
+        for prompt in [
+            *PROMPTS,
+            "a cat!!",
+            "!",
+            f"a {END.upper()} {START.upper()}",
+            "wow!  <frog>   <FROG>!x",
+            LONG + "!",
+        ]:
+            expected = theirs([prompt], padding="max_length", truncation=True, max_length=77)["input_ids"]
+            np.testing.assert_array_equal(ours.encode([prompt]), expected, err_msg=repr(prompt))
