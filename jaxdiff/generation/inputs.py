@@ -4,11 +4,13 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
 from jaxdiff.data.images import decode_image, read_image_file
 from jaxdiff.data.transforms import centre_crop, convert_channels, resize_shorter_side
+from jaxdiff.generation.masks import to_latents
 
 Picture = UInt8[np.ndarray, "h w c"]
 
@@ -45,6 +47,16 @@ def fit_masks(masks: Any, images: Any, image_shape: tuple[int, int, int], num: i
             raise ValueError("the mask is black all over: nothing is to be made (white is made anew, black kept)")
         fitted.append(split)
     return _repeated(fitted, num, "masks")
+
+
+def check_seen(masks: UInt8[np.ndarray, "n h w 1"], latent_shape: tuple[int, int, int]) -> None:
+    """Raise ValueError for a mask of which nothing is left at the latents' size, so that all would silently be kept."""
+    if not np.asarray(to_latents(jnp.asarray(masks), latent_shape)).any((1, 2, 3)).all():
+        down, across = masks.shape[1] // latent_shape[0], masks.shape[2] // latent_shape[1]
+        raise ValueError(
+            f"the mask is too thin for this model: of every {across}x{down} pixels the upper left one says whether they are "
+            f"made anew, and no such pixel is white; paint at least {across}x{down} pixels"
+        )
 
 
 def _pictures(given: Any, kind: str) -> list[Picture]:

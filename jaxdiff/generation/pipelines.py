@@ -20,7 +20,7 @@ from jaxdiff.config import SamplingConfig
 from jaxdiff.generation import prompts as texts
 from jaxdiff.generation.generate import make_generator
 from jaxdiff.generation.image_model import Blend, ImageModel, Request
-from jaxdiff.generation.inputs import fit_images, fit_masks
+from jaxdiff.generation.inputs import check_seen, fit_images, fit_masks
 from jaxdiff.generation.sampling import knobs_of, make_sample
 from jaxdiff.progress import progress_bar
 from jaxdiff.weights.tokenizer import Tokenizer
@@ -166,6 +166,7 @@ def edit_request(pipeline: Pipeline, condition: Any, images: Any, masks: Any, ke
     num, shape = count(Request(condition), key, images), pipeline.model.image_shape
     if masks is not None:
         masks = fit_masks(masks, images, shape, num)
+        check_seen(masks, pipeline.model.latent_shape)
     return Request(condition, fit_images(images, shape, num), masks)
 
 

@@ -14,6 +14,7 @@ from jaxdiff.diffusion.samplers import SAMPLERS, initial_noise
 from jaxdiff.diffusion.timesteps import make_timesteps
 from jaxdiff.generation.generate import from_uint8, make_generator
 from jaxdiff.generation.image_model import Known, Request
+from jaxdiff.generation.pipelines import edit_request
 from jaxdiff.generation.sampling import first_step, make_knobs, make_sample
 from tests.generation.gaussian_model import (
     MEAN,
@@ -170,6 +171,22 @@ def test_latents_are_kept_where_their_first_pixel_is(latent):
     expected = np.asarray(spread(None, pooled(None, from_uint8(images), None)))
     known = np.abs(from_uint8(found) - expected).max((0, -1)) <= 1 / 255 + 1e-6
     assert known[:2].all() and known[:, :2].all() and not known[2:, 2:].all()
+
+
+@pytest.mark.parametrize("kind", ["put back", "channels"])
+def test_a_mask_that_no_latent_would_see_is_refused(latent, kind):
+    """As diffusers does it, by the first pixel: all would be kept, and nobody told."""
+    pipeline = dataclasses.replace(latent, model=dataclasses.replace(latent.model, mask_channels=kind == "channels"))
+    images, masks = pictures(2), np.zeros((2, SIDE, SIDE, 1), np.uint8)
+    masks[:, :, 3] = 255  # the second column of its blocks
+    assert edit_request(GaussianPipeline(), None, images, masks, [0, 1]).mask.any(), "pixels are all seen"
+    with pytest.raises(ValueError, match="too thin for this model: of every 2x2 pixels the upper left one"):
+        edit_request(pipeline, None, images, masks, [0, 1])
+    masks[0, 4, 4] = 255
+    with pytest.raises(ValueError, match="too thin"):  # the other still is
+        edit_request(pipeline, None, images, masks, [0, 1])
+    masks[1, 4, 4] = 255
+    np.testing.assert_array_equal(edit_request(pipeline, None, images, masks, [0, 1]).mask, masks)
 
 
 def test_pasting_keeps_pixels_behind_a_first_stage(latent):
