@@ -81,18 +81,17 @@ def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results
         return
     if run and sampling:
         run.task.describe_sampling(sampling)  # says so where it makes none
-    scorer = make_scorer() if args.make_reference or set(metrics) - set(tasks.PIXEL_METRICS) else None
     options, split, size = command_line.score_options(args), args.split or "train", args.image_size
     if run:
         where, against = args.workdir, tasks.Reference(args.reference or "", args.data_dir, split, size)
-        yield tasks.evaluate_samples(metrics, run, where, against, scorer, options, args.num, args.seed, sampling)
+        yield tasks.evaluate_samples(metrics, run, where, against, make_scorer, options, args.num, args.seed, sampling)
         return
     images = open_images(args.data or args.images, args.data_dir, split, size=size, num=args.num, seed=args.seed)
-    if scorer is not None and args.make_reference:
-        yield tasks.make_reference(images, scorer, pathlib.Path(args.out))
+    if args.make_reference:
+        yield tasks.make_reference(images, make_scorer(), pathlib.Path(args.out))
         return
     compared = tasks.Reference(args.reference, args.data_dir, split, size) if args.reference else None
-    yield tasks.evaluate_images(metrics, images, compared, scorer, options)
+    yield tasks.evaluate_images(metrics, images, compared, make_scorer, options)
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import pathlib
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -99,13 +100,14 @@ def test_argparse_refuses(argv, monkeypatch):
 def test_a_run_is_looked_at_by_its_own_extractor(flags, wanted, monkeypatch):
     """Else what train.py says to run next would ask for a download that the run had been spared."""
     config = tiny_config(**{"evaluation.extractor": "efficientnet-lite0"})
-    module, loaded = command(), []
+    module, loaded, task = command(), [], DiffusionTask(config)
+    run = Run(task, jax.eval_shape(task.init, jax.random.key(0)), 0, ())
 
     def load_extractor(name, weights, precision):
         loaded.append((name, weights))
         raise ValueError("far enough")
 
-    monkeypatch.setattr(module, "load_run", lambda workdir: Run(DiffusionTask(config), None, 0, ()))
+    monkeypatch.setattr(module, "load_run", lambda workdir: run)
     monkeypatch.setattr(module, "load_extractor", load_extractor)
     with pytest.raises(ValueError, match="far enough"):
         list(module.results_of(module.parse_args(flags), ["is"]))

@@ -25,7 +25,7 @@ from jaxdiff.evaluation.scores import (
 from jaxdiff.evaluation.statistics import Provenance, Statistics, is_statistics, load_statistics
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.likelihood import images_for_likelihood, likelihood_scores
-from jaxdiff.tasks.pixels import AT_ONCE, CUSTOMARY, Onlooker, check_pixels
+from jaxdiff.tasks.pixels import AT_ONCE, CUSTOMARY, Onlooker, check_pixels, fitting
 from jaxdiff.tasks.pixels import METRICS as PIXEL_METRICS
 from jaxdiff.tasks.reconstruct import METRICS as RECONSTRUCTION_METRICS
 from jaxdiff.tasks.reconstruct import reconstruction_scores
@@ -93,20 +93,26 @@ def default_num(metrics: Sequence[str]) -> int:
 
 
 def evaluate_images(
-    metrics: Sequence[str], images: ImageSet, reference: Reference | None, scorer: Scorer | None, options: Options
+    metrics: Sequence[str],
+    images: ImageSet,
+    reference: Reference | None,
+    make_scorer: Callable[[], Scorer] | None,
+    options: Options,
 ) -> Results:
     """Scores of any images. Raises ValueError or FileNotFoundError with one line.
 
-    `scorer`: of what needs features; `swd` and `ms_ssim` do without.
+    `make_scorer` is called where features are needed, when nothing else is wrong; `swd` and `ms_ssim` do without. Those that
+    images of this size cannot have are left out with a warning while others are left.
     """
-    features = _checked(metrics, scorer)
-    onlooker = Onlooker()
+    check_metrics(list(metrics), IMAGE_METRICS)
+    shape = images.image(0).shape
+    metrics, left_out = fitting(metrics, shape)
+    onlooker = Onlooker(left_out=left_out)
     if pixels := [name for name in metrics if name in PIXEL_METRICS]:
-        shape, theirs = images.image(0).shape, None
-        if "swd" in pixels and reference is not None:
-            theirs = reference.images()
+        theirs = reference.images() if "swd" in pixels and reference is not None else None
         check_pixels(pixels, images.description, shape, len(images), theirs)
-        onlooker = Onlooker(pixels, len(images), shape, theirs, options.seed)
+        onlooker = Onlooker(pixels, len(images), shape, theirs, options.seed, left_out)
+    features, scorer = _features(metrics, make_scorer)
     if scorer is None:
         batches = images.share(jax.process_index(), jax.process_count()).batches(AT_ONCE)
         look(onlooker.watch(batches, AT_ONCE), len(images), "looking")
@@ -125,7 +131,7 @@ def evaluate_samples(
     run: Run,
     workdir: str | pathlib.Path,
     reference: Reference,
-    scorer: Scorer | None,
+    make_scorer: Callable[[], Scorer] | None,
     options: Options,
     num: int | None = None,
     seed: int = 0,
@@ -133,21 +139,23 @@ def evaluate_samples(
 ) -> Results:
     """Scores of a run's samples. Statistics of the run's own data are kept in the workdir. Raises ValueError with one line.
 
-    `scorer`: of what needs features; `swd` and `ms_ssim` do without. `num`: None for what is customary.
+    `make_scorer` and metrics that are left out: as with `evaluate_images`. `num`: None for what is customary.
     """
-    features = _checked(metrics, scorer)
-    num = num or default_num(metrics)
+    check_metrics(list(metrics), IMAGE_METRICS)
     sampling = sampling or run.task.config.sampling
     shape = sample_shape(run, sampling)
+    metrics, left_out = fitting(metrics, shape)
+    num = num or default_num(metrics)
     reference = dataclasses.replace(reference, image_size=reference.image_size or shape[0])
-    onlooker = Onlooker()
+    onlooker = Onlooker(left_out=left_out)
     if pixels := [name for name in metrics if name in PIXEL_METRICS]:
         theirs = None
         if "swd" in pixels:
             theirs = reference.images(shape[-1]) if reference.name else reference.of_run(run, shape[0])
             num = min(num, len(theirs)) if set(metrics) == {"swd"} else num  # no more are compared
         check_pixels(pixels, "samples", shape, num, theirs)
-        onlooker = Onlooker(pixels, num, shape, theirs, options.seed)
+        onlooker = Onlooker(pixels, num, shape, theirs, options.seed, left_out)
+    features, scorer = _features(metrics, make_scorer)
     if scorer is None:
         batches = samples_of(run, num, seed, sampling, local_mesh(run.task.config), onlooker)
         look(batches, num, "sampling")
@@ -165,15 +173,16 @@ def evaluate_samples(
     return _results(metrics, generated, statistics, scorer, options, onlooker, sampling)
 
 
-def _checked(metrics: Sequence[str], scorer: Scorer | None) -> list[str]:
-    """Those of the metrics that are of features. Raises ValueError for a name that is unknown or that `scorer` cannot give."""
-    check_metrics(list(metrics), IMAGE_METRICS)
+def _features(metrics: Sequence[str], make_scorer: Callable[[], Scorer] | None) -> tuple[list[str], Scorer | None]:
+    """Those of the metrics that are of features, and a scorer if there are any. Raises ValueError where it cannot give them."""
     features = [name for name in metrics if name in METRICS]
-    if features and scorer is None:
+    if not features:
+        return features, None
+    if make_scorer is None:
         raise ValueError(f"{', '.join(features)}: an extractor is needed")
-    if scorer is not None:
-        check_extractor(features, scorer.extractor)
-    return features
+    scorer = make_scorer()
+    check_extractor(features, scorer.extractor)
+    return features, scorer
 
 
 def _check(

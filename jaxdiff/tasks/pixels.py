@@ -48,6 +48,21 @@ def check_pixels(
             )
 
 
+def fitting(metrics: Sequence[str], shape: tuple[int, ...]) -> tuple[list[str], list[str]]:
+    """The metrics that images [h w c] are large enough for, and why others are left out. Raises ValueError where all are."""
+    reasons = {}
+    for name, check in {"swd": pyramid_sizes, "ms_ssim": check_size}.items():
+        if name in metrics:
+            try:
+                check(*shape[:2])
+            except ValueError as error:
+                reasons[name] = str(error)
+    left = [name for name in metrics if name not in reasons]
+    if not left:
+        raise ValueError("; ".join(reasons.values()))
+    return left, [f"{name} is left out: {reason}" for name, reason in reasons.items()]
+
+
 @dataclasses.dataclass
 class Onlooker:
     """Looks at batches of images on their way: keeps some to be shown, and what swd and ms_ssim need of all.
@@ -60,6 +75,7 @@ class Onlooker:
     shape: tuple[int, ...] = ()  # of an image, [h w c]
     reference: ImageSet | None = None  # of swd
     seed: int = 0
+    left_out: Sequence[str] = ()  # why some metrics are, as `fitting` says it
 
     def __post_init__(self) -> None:
         self._preview: list[np.ndarray] = []
@@ -101,10 +117,11 @@ class Onlooker:
     def warnings(self) -> list[str]:
         """What a reader of the scores must know beside them, a line each."""
         if "swd" not in self.metrics or self.compared >= CUSTOMARY["swd"]:
-            return []
+            return [*self.left_out]
         return [
+            *self.left_out,
             f"swd is of {self.compared:,} images a side, fewer than the paper's {CUSTOMARY['swd']:,}: compare it only with "
-            "one of as many"
+            "one of as many",
         ]
 
     def scores(self) -> dict[str, list[Score]]:

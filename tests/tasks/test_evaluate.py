@@ -54,10 +54,12 @@ def values(results):
 def test_a_runs_samples_never_touch_a_file_and_score_as_their_pixels_do(run, tmp_path):
     """Scored on the devices, and once more from the images that sample.py would write: the same numbers."""
     metrics, options = ["fid", "is", "kid", "pr", "sfid"], Options(kid_subsets=3)
-    found = evaluate_samples(metrics, run, tmp_path, Reference("digits"), scorer(), options, num=30, seed=5)
+    found = evaluate_samples(metrics, run, tmp_path, Reference("digits"), scorer, options, num=30, seed=5)
     images = run.make(np.arange(5, 35), run.labels([], 35)[5:])
     np.savez(tmp_path / "images.npz", images=images)
-    again = evaluate_images(metrics, open_images(str(tmp_path / "images.npz")), Reference("digits"), scorer(1), options)
+    again = evaluate_images(
+        metrics, open_images(str(tmp_path / "images.npz")), Reference("digits"), lambda: scorer(1), options
+    )
     for name, value in values(again).items():
         if not name.startswith(("is", "kid")):  # which depend on the order
             assert values(found)[name] == pytest.approx(value, rel=1e-9)
@@ -68,10 +70,10 @@ def test_a_runs_samples_never_touch_a_file_and_score_as_their_pixels_do(run, tmp
 
 
 def test_a_runs_own_data_are_worked_out_once(run, tmp_path, monkeypatch):
-    first = evaluate_samples(["fid"], run, tmp_path, Reference(), scorer(), Options(), num=12)
+    first = evaluate_samples(["fid"], run, tmp_path, Reference(), scorer, Options(), num=12)
     assert first.reference.num_images == 1797
     monkeypatch.setattr(Scorer, "of_images", None)  # not called again
-    assert values(evaluate_samples(["fid"], run, tmp_path, Reference(), scorer(), Options(), num=12)) == values(first)
+    assert values(evaluate_samples(["fid"], run, tmp_path, Reference(), scorer, Options(), num=12)) == values(first)
 
 
 def test_cached_statistics_of_something_else_are_made_anew(run, tmp_path, digits):
@@ -88,9 +90,11 @@ def test_reference_file_is_the_same_reference(tmp_path, digits):
     path = tmp_path / "reference.npz"
     make_reference(digits, scorer(), path)
     images = open_images("digits", num=60, seed=1)
-    with_file = evaluate_images(["fid", "kid", "sfid"], images, Reference(str(path)), scorer(), Options(kid_subsets=2))
+    with_file = evaluate_images(["fid", "kid", "sfid"], images, Reference(str(path)), scorer, Options(kid_subsets=2))
     np.savez(tmp_path / "digits.npz", images=np.stack([digits.image(i) for i in range(120)]))
-    with_images = evaluate_images(["fid"], images, Reference(str(tmp_path / "digits.npz")), scorer(1), Options())
+    with_images = evaluate_images(
+        ["fid"], images, Reference(str(tmp_path / "digits.npz")), lambda: scorer(1), Options()
+    )
     assert values(with_file)["fid[tiny]"] == pytest.approx(values(with_images)["fid[tiny]"], rel=1e-9)
     assert load_statistics(path).provenance.data.startswith("digits: 1,797 grey images of 8x8")
 
@@ -99,21 +103,21 @@ def test_another_extractors_reference_is_refused_or_marked(tmp_path, digits):
     path = tmp_path / "reference.npz"
     make_reference(digits, scorer(extractor=tiny_extractor(weights_sha256="1" * 64)), path)
     with pytest.raises(NotComparableError, match="weights_sha256 is 000"):
-        evaluate_images(["fid"], digits, Reference(str(path)), scorer(), Options())
-    forced = evaluate_images(["fid"], digits, Reference(str(path)), scorer(), Options(force=True))
+        evaluate_images(["fid"], digits, Reference(str(path)), scorer, Options())
+    forced = evaluate_images(["fid"], digits, Reference(str(path)), scorer, Options(force=True))
     assert "not comparable: weights_sha256" in forced.table()
 
 
 def test_another_tools_file_is_read_with_a_warning(tmp_path, digits):
     path = tmp_path / "their.npz"
     np.savez(path, mu=np.zeros(6), sigma=np.eye(6))
-    found = evaluate_images(["fid"], digits, Reference(str(path)), scorer(), Options())
+    found = evaluate_images(["fid"], digits, Reference(str(path)), scorer, Options())
     assert "their.npz: a file of another tool: its extractor" in found.warnings[0]
     assert "N unknown" in found.table()
 
 
 def test_results_and_picture(tmp_path, digits):
-    results = evaluate_images(["is"], digits, None, scorer(), Options())
+    results = evaluate_images(["is"], digits, None, scorer, Options())
     path = tmp_path / "results.json"
     for _ in range(2):
         assert results.save(path) == [path, tmp_path / "evaluation.png"]

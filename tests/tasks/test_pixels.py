@@ -89,7 +89,7 @@ def test_a_runs_samples_on_any_devices_and_with_features_beside(run, tmp_path, m
     assert found[0].reference.num_images == 1797
     assert "25 images a side, fewer than the paper's 16,384" in found[0].warnings[0]
     scorer, options = Scorer(tiny_extractor(), on(monkeypatch, 2), 8), Options(splits=2)
-    mixed = evaluate_samples(["is", *BOTH], run, tmp_path, Reference("digits"), scorer, options, num=25, seed=5)
+    mixed = evaluate_samples(["is", *BOTH], run, tmp_path, Reference("digits"), lambda: scorer, options, num=25, seed=5)
     assert list(values(mixed)) == ["is[tiny]", "swd_16", "swd", "ms_ssim"]
     assert {name: value for name, value in values(mixed).items() if "is[" not in name} == values(found[0])
 
@@ -192,6 +192,33 @@ def test_refusals(metrics, images, reference, message, tmp_path):
         reference = Reference(str(tmp_path / "real.npz"))
     with pytest.raises(ValueError, match=message):
         evaluate_images(metrics, open_images(str(tmp_path / "images.npz")), reference, None, Options())
+
+
+def test_what_the_images_size_forbids_is_left_out_while_something_is_left(tmp_path):
+    """Of 8x8 images ms_ssim cannot be told: a warning says so, and the others are as they are without it."""
+    np.savez(tmp_path / "images.npz", images=noise(12, 8))
+    images, same = open_images(str(tmp_path / "images.npz")), Reference(str(tmp_path / "images.npz"))
+    scorer, options = Scorer(tiny_extractor(), make_mesh(ShardingConfig(), jax.devices()[:1]), 8), Options(splits=2)
+    found = evaluate_images(["swd", "ms_ssim", "is"], images, same, lambda: scorer, options)
+    assert found.scores == evaluate_images(["swd", "is"], images, same, lambda: scorer, options).scores
+    alone = evaluate_images(["ms_ssim", "is"], images, None, lambda: scorer, options)
+    for warnings in (found.warnings, alone.warnings):
+        assert warnings[0] == "ms_ssim is left out: ms_ssim halves images 4 times: 8x8 are not multiples of 16"
+    np.savez(tmp_path / "images.npz", images=noise(12, 4))
+    with pytest.raises(ValueError, match="4x4 are too small; ms_ssim halves images 4 times: 4x4 are not multiples"):
+        evaluate_images(BOTH, open_images(str(tmp_path / "images.npz")), same, None, Options())
+
+
+def test_what_pixels_refuse_is_refused_before_an_extractor_is_loaded(run, tmp_path):
+    def download():
+        raise AssertionError("an extractor was loaded")
+
+    np.savez(tmp_path / "real.npz", images=noise(4, 32))
+    reference = Reference(str(tmp_path / "real.npz"))
+    with pytest.raises(ValueError, match="swd compares patches of images of one size"):
+        evaluate_images(["fid", "swd"], open_images("digits", size=16), reference, download, Options())
+    with pytest.raises(ValueError, match="ms_ssim compares pairs"):
+        evaluate_samples(["ms_ssim", "fid"], run, tmp_path, Reference(), download, Options(), num=1)
 
 
 def test_a_statistics_file_holds_no_images(run, tmp_path):

@@ -94,7 +94,7 @@ def test_a_run_from_training_to_samples_and_scores(tmp_path):
     assert (workdir / "tokenizer" / "vocab.json").read_bytes() == vocabulary
     run = load_run(workdir)
     assert run.text_to_image(["a large red star", "nothing"], [0, 1]).shape == (2, 8, 8, 3)
-    found = evaluate_samples(["fid"], run, workdir, Reference("digits", image_size=8), scorer(), Options(), num=6)
+    found = evaluate_samples(["fid"], run, workdir, Reference("digits", image_size=8), scorer, Options(), num=6)
     assert np.isfinite(found.scores[0].value)
     likelihood = evaluate_likelihood(run, num=2, ode_steps=1)
     assert "shapes (test)" in likelihood.images.data
