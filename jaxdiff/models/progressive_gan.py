@@ -42,8 +42,11 @@ def channels_at(resolution: int, base: int, most: int) -> int:
 
 
 def fade(old: Float[Array, "*s"], new: Float[Array, "*s"], alpha: Alpha) -> Float[Array, "*s"]:
-    """(1 - alpha) old + alpha new, computed at least in float32; exactly `old` at 0 and `new` at 1."""
-    return ((1 - alpha) * widened(old) + alpha * widened(new)).astype(new.dtype)
+    """(1 - alpha) old + alpha new, computed at least in float32; exactly `old` at 0 and `new` at 1, whatever the other is."""
+    # 0 times what is not finite were NaN, here and in the gradient: so the side that is not heard is not looked at.
+    dtype = new.dtype
+    old, new = jnp.where(alpha == 1, 0, widened(old)), jnp.where(alpha == 0, 0, widened(new))
+    return ((1 - alpha) * old + alpha * new).astype(dtype)
 
 
 def halve_pixels(x: Float[Array, "b 2h 2w c"]) -> Float[Array, "b h w c"]:
@@ -66,14 +69,6 @@ def active_part(params: dict[str, Any], stage: int) -> dict[str, Any]:
         return at <= stage if kind == "block" else at in (stage - 1, stage)
 
     return {name: part for name, part in params.items() if used(name)}
-
-
-def merge_part(params: dict[str, Any], part: dict[str, Any]) -> dict[str, Any]:
-    """All parameters, with `part` (of `active_part`) in place of what they had. Raises ValueError for unknown names."""
-    unknown = sorted(part.keys() - params.keys())
-    if unknown:
-        raise ValueError(f"progressive GAN: {', '.join(unknown)}: no such part of the parameters")
-    return {**params, **part}
 
 
 class GeneratorBlock(nn.Module):

@@ -14,9 +14,9 @@ from jaxdiff.models.progressive_gan import (
     Generator,
     active_part,
     channels_at,
+    fade,
     fade_images,
     halve_pixels,
-    merge_part,
     stage_of,
 )
 from tests.models.tiny_networks import jit, random_parameters
@@ -113,17 +113,6 @@ def test_a_stage_touches_its_active_part_and_all_of_it(stage):
             assert touched == {name in part}, name
 
 
-def test_growing_leaves_every_other_parameter_as_it_was():
-    params = parameters()[0]["params"]
-    part = jax.tree.map(lambda p: p + 1, active_part(params, 1))
-    merged = merge_part(params, part)
-    assert sorted(part) == ["block_4", "block_8", "to_rgb_4", "to_rgb_8"]
-    assert all(merged[name] is (part if name in part else params)[name] for name in params)
-    assert merged.keys() == params.keys()
-    with pytest.raises(ValueError, match="block_64: no such part"):
-        merge_part(params, {"block_64": part["block_8"]})
-
-
 def test_latents_count_by_their_direction_and_images_by_themselves():
     g = parameters()[0]
     np.testing.assert_allclose(generate(g, 1, 0.5, 3 * Z), generate(g, 1, 0.5), atol=1e-4)
@@ -175,6 +164,18 @@ def test_reals_fade_as_the_generator_does():
         np.testing.assert_allclose(halve_pixels(fade_images(X, alpha)), halve_pixels(X), atol=1e-6)
     block = X[0, :2, :2, 0]
     np.testing.assert_allclose(fade_images(X, 0.3)[0, 0, 1, 0], 0.7 * block.mean() + 0.3 * block[0, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_a_side_that_is_not_heard_is_not_looked_at(alpha):
+    """Not even where it overflowed: values and gradients are finite, and those of the other side."""
+    heard, unheard = jnp.array([1.0, -2.0, 3.0]), jnp.array([jnp.inf, -jnp.inf, jnp.nan])
+    old, new = (heard, unheard) if alpha == 0 else (unheard, heard)
+    value, gradients = jit(jax.value_and_grad(lambda *x: (fade(*x, alpha) ** 2).sum(), (0, 1)))(old, new)
+    assert value == 14
+    np.testing.assert_array_equal(gradients[int(alpha)], 2 * heard)
+    np.testing.assert_array_equal(gradients[1 - int(alpha)], 0)
+    assert fade(old, new.astype(jnp.bfloat16), alpha).dtype == jnp.bfloat16
 
 
 def test_refusals():

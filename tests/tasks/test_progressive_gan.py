@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -121,8 +122,61 @@ def test_the_comparison_notices_other_groups(one_device):
     assert relative_distance(trees, one_device[0]) > 1e-4
 
 
+def step_at_the_edge(task, number, state):
+    """The state after the last step of 4x4 (number 0), or the first of 8x8."""
+    trainable, key, batch = task.trainable(ONE), jax.random.key(1), tiny_batch(task.config)
+    if state is None:
+        state = dataclasses.replace(jax.jit(trainable.init)(key), step=jnp.int32(trainable.stages[1].first_step - 1))
+    shrunk = {**batch, "image": batch["image"][:, :: 4 // (number + 1), :: 4 // (number + 1)]}
+    state, metrics = jax.jit(trainable.make_update(None, number))(state, shrunk, key)
+    assert (metrics["alpha"] < 1) == number and metrics["skipped"] == 0 and metrics["generator_grad_norm"] > 0
+    return state
+
+
+@functools.cache
+def before_the_edge():
+    return step_at_the_edge(ProgressiveGANTask(gan_config(**{"data.image_size": 16})), 0, None)
+
+
+def over_the_edge(rate):
+    """The state after the last step of 4x4 and after the first of 8x8, which has this learning rate."""
+    task = ProgressiveGANTask(gan_config(**{"data.image_size": 16}))
+    vars(task)["growth"] = dataclasses.replace(task.growth, learning_rates={8: rate})
+    return before_the_edge(), step_at_the_edge(task, 1, before_the_edge())
+
+
+NETWORKS = ("params", "discriminator_params")
+
+
+def test_growing_leaves_all_parameters_as_they_were():
+    """Nothing is drawn anew, copied or converted: with a learning rate of 0 the first step of a stage changes no bit."""
+    before, after = over_the_edge(0.0)
+    for field in NETWORKS:
+        same(getattr(after, field), getattr(before, field))
+
+
+def test_a_stages_step_changes_no_bit_of_what_is_still_to_come():
+    before, after = over_the_edge(1e-3)
+    for field in (*NETWORKS, "ema_params"):
+        old, new = getattr(before, field), getattr(after, field)
+        later = {name for name in old if name.endswith("_16")}
+        assert len(later) == 2 and old.keys() == new.keys()
+        same({name: new[name] for name in later}, {name: old[name] for name in later})
+        moved = {name for name in old if any((a != b).any() for a, b in leaves_of_both(old[name], new[name]))}
+        assert moved == old.keys() - later or field == "ema_params"
+    for field in ("opt_state", "discriminator_opt_state"):
+        moments = optax.tree.get(getattr(after, field), "nu")
+        assert {name for name, part in moments.items() if any(leaf.any() for leaf in jax.tree.leaves(part))} == {
+            name for name in moments if not name.endswith("_16")
+        }
+
+
+def leaves_of_both(one, other):
+    return zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+
+
 def same(state, expected):
-    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+    for ours, theirs in leaves_of_both(state, expected):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
