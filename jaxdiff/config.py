@@ -25,8 +25,8 @@ class ConfigError(ValueError):
 class DataConfig:
     """Where images come from and how they are cut."""
 
-    source: str = "tfds:cifar10"  # digits | mnist | shapes | tfds:<name> | folder | idx
-    dir: str = ""  # folder of the images, of the IDX files, or TFDS's data_dir ("" = TFDS's own default)
+    source: str = "tfds:cifar10"  # digits | mnist | shapes | tfds:<name> | folder | idx | latents
+    dir: str = ""  # folder of the images, IDX files or latents, or TFDS's data_dir ("" = TFDS's own default)
     split: str = "train"
     image_size: int = 32  # pixels; images are resized (shorter side) and cropped to a square
     channels: int = 3  # 1 grey, 3 RGB
@@ -112,7 +112,7 @@ class AutoencoderConfig:
     num_res_blocks: int = 2
     latent_channels: int = 4
     reconstruction: Literal["l1", "l2"] = "l1"
-    perceptual: Literal["none", "efficientnet-lite0", "lpips"] = "none"
+    perceptual: Literal["none", "auto", "efficientnet-lite0", "lpips"] = "none"  # auto: lpips if its files are given
     perceptual_weight: float = 1.0
     perceptual_files: str = ""  # lpips: folder of its weights
     kl_weight: float = 1e-6  # of the sum over the latents, where reconstruction is the sum over the pixels

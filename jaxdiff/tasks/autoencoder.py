@@ -33,7 +33,7 @@ from jaxdiff.models.layers import num_groups
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.first_stage import FOLDER, save_first_stage
-from jaxdiff.tasks.perceptual import Perceptual, load_perceptual
+from jaxdiff.tasks.perceptual import Perceptual, load_perceptual, network_of
 from jaxdiff.training.adversarial import AdversarialState, Objective, make_adversarial_update
 from jaxdiff.training.loop import Trainable
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
@@ -106,7 +106,7 @@ class AutoencoderTask:
         sizes = ("x".join(map(str, shape)) for shape in (self.image_shape, self.latent_shape))
         terms = [settings.reconstruction.upper()]
         if settings.perceptual != "none":
-            terms.append(f"{settings.perceptual_weight:g} {settings.perceptual}")
+            terms.append(f"{settings.perceptual_weight:g} {network_of(settings)}")
         terms.append(f"KL weight {settings.kl_weight:g}")
         if settings.discriminator_weight:
             terms.append(f"{settings.adversarial} discriminator from step {settings.discriminator_start:,}")

@@ -55,13 +55,21 @@ def efficientnet_distance(params: Any, x: Float[Array, "b h w c"], y: Float[Arra
     return perceptual_distance(maps(x), maps(y))
 
 
+def network_of(settings: AutoencoderConfig) -> str:
+    """The network's name, or "none"; of "auto" LPIPS where the config says where its files are, else EfficientNet-Lite0."""
+    if settings.perceptual == "auto":
+        return "lpips" if settings.perceptual_files else "efficientnet-lite0"
+    return settings.perceptual
+
+
 def load_perceptual(settings: AutoencoderConfig) -> Perceptual | None:
     """What the config names; None where it is "none". Raises ConfigError where its weights cannot be had."""
+    network = network_of(settings)
     try:
-        if settings.perceptual == "lpips":
+        if network == "lpips":
             weights = lpips_weights(settings.perceptual_files, BLOCKS)
             return Perceptual({"vgg16": weights.vgg16, "channels": weights.channels}, lpips_distance)
-        if settings.perceptual == "efficientnet-lite0":
+        if network == "efficientnet-lite0":
             params, _ = efficientnet_lite_params()
             used = {name: value for name, value in params.items() if name not in ("head", "classes")}
             return Perceptual(used, efficientnet_distance)

@@ -18,13 +18,14 @@ from jaxdiff.tasks import autoencoder
 from jaxdiff.tasks.autoencoder import AutoencoderTask
 from jaxdiff.tasks.evaluate import evaluate_likelihood, evaluate_reconstructions
 from jaxdiff.tasks.first_stage import load_first_stage
-from jaxdiff.tasks.perceptual import Perceptual, efficientnet_distance, load_perceptual
+from jaxdiff.tasks.perceptual import Perceptual, efficientnet_distance, load_perceptual, lpips_distance
 from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.score import Scorer
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.log import read_metrics
 from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.sharding import make_mesh, make_runner
+from jaxdiff.weights.lpips import LPIPSWeights
 from tests.evaluation.tiny_extractor import tiny_extractor
 from tests.tiny import tiny_batch, tiny_config
 
@@ -349,6 +350,20 @@ def test_missing_weights_are_told_before_anything_compiles(tmp_path):
         ConfigError, match=r"perceptual = 'lpips': LPIPS needs .*vgg16-397923af.pth, which is not there"
     ):
         train_run(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("files", ["", "somewhere"])
+def test_auto_is_lpips_where_its_files_are_given(monkeypatch, files):
+    weights = LPIPSWeights({"conv": 1}, [2])
+    monkeypatch.setattr("jaxdiff.tasks.perceptual.lpips_weights", lambda folder, _: {"somewhere": weights}[folder])
+    monkeypatch.setattr("jaxdiff.tasks.perceptual.efficientnet_lite_params", lambda: ({"stem": 3, "head": 4}, "0" * 64))
+    config = config_of(**{"autoencoder_kl.perceptual": "auto", "autoencoder_kl.perceptual_files": files})
+    found = load_perceptual(config.autoencoder_kl)
+    if files:
+        assert found.distance is lpips_distance and found.params == {"vgg16": {"conv": 1}, "channels": [2]}
+    else:
+        assert found.distance is efficientnet_distance and found.params == {"stem": 3}
+    assert f"1 {'lpips' if files else 'efficientnet-lite0'}" in AutoencoderTask(config).describe()["loss"]
 
 
 @pytest.fixture(scope="module")
