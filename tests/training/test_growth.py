@@ -1,11 +1,15 @@
-"""The growing schedule at the paper's settings, and against a loop that counts images."""
+"""The growing schedule at the paper's settings, which the shipped configs have, and against a loop that counts images."""
 
+import dataclasses
+import importlib
 import itertools
 
 import jax
 import numpy as np
 import pytest
 
+from jaxdiff.config import flatten, to_config
+from jaxdiff.tasks.progressive_gan import growth_of
 from jaxdiff.training.growth import Growth
 
 CELEBA_HQ = Growth(
@@ -55,6 +59,37 @@ def test_cifar10_as_the_paper_has_it():
     assert {(phase.batch_size, phase.learning_rate) for phase in phases} == {(16, 0.001)}
     assert CIFAR10.num_steps == 20_000_000 // 16
     assert CIFAR10.at_step(25_000).resolution == 4 and CIFAR10.at_step(25_004).resolution == 8
+
+
+ADAM = {"optimizer.beta1": 0.0, "optimizer.beta2": 0.99, "optimizer.epsilon": 1e-8, "optimizer.clip_norm": 0.0}
+AVERAGE = {"optimizer.ema_decay": 0.999, "optimizer.ema_warmup": False}
+WGAN_GP = {"loss": "wgan_gp", "penalty_weight": 10.0, "drift": 1e-3, "stddev_parts": 1, "hold_steps": 4}
+# What Growth does not say of the recipes: penalty, groups, order of the updates, networks, mirroring.
+RECIPES = {
+    "celeba_hq": {
+        **{"gamma": 1.0, "stddev_group": 4, "together": False},
+        **{"latent_dim": 512, "channel_base": 8192, "channel_max": 512},
+    },
+    "cifar10": {
+        **{"gamma": 750.0, "stddev_group": 0, "together": True},
+        **{"latent_dim": 128, "channel_base": 4096, "channel_max": 128},
+    },
+}
+
+
+# As the configs say it: a batch size for every resolution; the learning rate grows on the authors' eight devices only.
+SIXTEEN = dict.fromkeys((4, 8, 16, 32, 64, 128), 16)
+ON_ONE_DEVICE = dataclasses.replace(CELEBA_HQ, batch_sizes=SIXTEEN | dict(CELEBA_HQ.batch_sizes), learning_rates={})
+
+
+@pytest.mark.parametrize(("name", "growth", "flip"), [("celeba_hq", ON_ONE_DEVICE, True), ("cifar10", CIFAR10, False)])
+def test_the_shipped_configs_are_the_papers_recipes(name, growth, flip):
+    config = to_config(importlib.import_module(f"configs.{name}_progressive_gan").get_config())
+    assert growth_of(config) == growth
+    expected = {f"progressive_gan.{key}": value for key, value in {**WGAN_GP, **RECIPES[name]}.items()}
+    expected |= {**ADAM, **AVERAGE, "data.flip": flip, "model.num_classes": 0, "task": "progressive_gan"}
+    keys = flatten(config)
+    assert {key: keys[key] for key in expected} == expected
 
 
 def walk(growth):
