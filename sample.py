@@ -9,7 +9,7 @@
     python sample.py --workdir runs/mnist --label 3 --interpolate 8
     python sample.py --workdir runs/digits_progressive_gan --num 64 --truncation 0.7 --resolution 4
     python sample.py --model path/to/stable-diffusion-v1-5 --prompt "an astronaut on a horse" --guidance 7.5 --steps 30 --num 4
-    python sample.py --model v1-5-pruned-emaonly.safetensors --tokenizer path/to/tokenizer --prompt "a cat" --sampler dpm++2m
+    python sample.py --model v1-5-pruned-emaonly.safetensors --prompt "a cat" --sampler dpm++2m
     python sample.py --model path/to/sd-inpainting --prompt "a hat" --init_image in.png --mask_image mask.png
 
 Writes one PNG per image into --out (named by its seed) and a grid of them beside the folder; or, with --npz, one file with the

@@ -30,6 +30,7 @@ from jaxdiff.tasks import asked
 from jaxdiff.tasks.make import Parts, make_task
 from jaxdiff.training import loop
 from jaxdiff.training.checkpoints import Checkpoints
+from jaxdiff.weights import clip_vocabulary
 from jaxdiff.weights.tensors import read_tensors, write_tensors
 from jaxdiff.weights.tokenizer import train_tokenizer
 from tests.tasks import tiny_checkpoint
@@ -136,6 +137,14 @@ TRAIN = [
     Row("train --config", "--config"),
     Row("train --config=nothing.py", "--config nothing.py: no such file"),
     Row("train --config=.", "--config .: no such file"),
+    Row("train --config=DIGITS --config FOLDER", "--config is given more than once"),
+    Row(
+        "train --config=nothing.py --config=DIGITS",
+        "--config is given more than once .nothing.py and .*digits.py.: give one",
+    ),
+    Row("train --config=DIGITS --flagfile=image.png", "--flagfile is not read here: give the flags themselves"),
+    Row("train --flagfile nowhere", "--flagfile is not read here: give the flags themselves"),
+    Row("encode --config=DIGITS --out=x -flagfile=nowhere", "--flagfile is not read here: give the flags themselves"),
     Row("train --config=DIGITS config.seed=1", "'config.seed=1' is not understood: flags begin with two dashes"),
     Row("train --config=DIGITS --wrkdir=x", "Unknown command line flag 'wrkdir'. Did you mean: workdir"),
     Row("train --config=DIGITS --workdir=image.png", "--workdir image.png: it is a file, and a folder is needed"),
@@ -609,6 +618,7 @@ WITH_VAE = "train --config=DIGITS --config.autoencoder=vae --config.sampling.cli
 WITH_VAE += " --config.data.image_size=16"
 UNET = "sd/unet/diffusion_pytorch_model.safetensors"
 INDEX = "sd/unet/diffusion_pytorch_model.safetensors.index.json"
+EMBEDDING = "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight"
 LORA_NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 MODELS = [
     Row("sample --model nowhere --prompt cat", "nowhere: there is no such file or folder"),
@@ -626,6 +636,19 @@ MODELS = [
     Row(
         "sample --model model.safetensors --prompt cat",
         "model.safetensors: it has no tokenizer: give --tokenizer FOLDER",
+    ),
+    Row(
+        "sample --model model.safetensors --prompt cat",
+        "no tokenizer, and CLIP's vocabulary is needed: http://127.0.0.1:9/ could not be downloaded .*put the file at .*"
+        "or give --tokenizer FOLDER",
+        other_tensors(
+            "model.safetensors", lambda tensors: tensors.update({EMBEDDING: np.zeros((49_408, 16), np.float32)})
+        ),
+    ),
+    Row(
+        "sample --model model.safetensors --prompt cat",
+        "tokenizer: .*vocab.json must hold a JSON object",
+        lambda p: [put(f"tokenizer/{name}", "[]")(p) for name in ("vocab.json", "merges.txt")],
     ),
     Row(
         "sample --model model.safetensors --tokenizer photos --prompt cat",
@@ -902,6 +925,8 @@ def test_one_line_and_nothing_written(row, healthy, opened, tmp_path, monkeypatc
     monkeypatch.setattr(sys, "argv", [command, *argv])
     for name in [name for name, module in sys.modules.items() if getattr(module, "get_config", None)]:
         monkeypatch.delitem(sys.modules, name)  # config files are loaded into one module, again and again
+    monkeypatch.setattr(clip_vocabulary, "VOCABULARY_URL", "http://127.0.0.1:9/")  # a machine without network
+    monkeypatch.setattr(clip_vocabulary, "cache_folder", lambda: tmp_path.parent / "no cache")
     monkeypatch.setattr(loop, "train", went_on)
     monkeypatch.setattr(asked.Run, "make", went_on)
     if row.damage is None:

@@ -64,7 +64,7 @@ def add_model_flags(parser: argparse.ArgumentParser, dry_run: bool = True) -> No
     parser.add_argument(
         "--model", metavar="PATH", help="or Stable Diffusion 1.x or 2.x: a folder or a .safetensors file"
     )
-    parser.add_argument("--tokenizer", metavar="FOLDER", help="of --model, where it has none: a single file")
+    parser.add_argument("--tokenizer", metavar="FOLDER", help="of --model, in the place of its own")
     parser.add_argument("--prediction", help="of --model, where the file does not say: noise | v | x0")
     parser.add_argument("--variant", help="of the files of --model, as fp16")
     parser.add_argument("--dtype", choices=DTYPES, help="of --model: parameters and computation (default float32)")

@@ -41,9 +41,10 @@ from jaxdiff.weights.checkpoint import (
     load_params,
     open_checkpoint,
 )
+from jaxdiff.weights.clip_vocabulary import NUM_TOKENS, clip_tokenizer
 from jaxdiff.weights.lora import Adapters, load_lora
 from jaxdiff.weights.names import match
-from jaxdiff.weights.tokenizer import Tokenizer
+from jaxdiff.weights.tokenizer import END, Tokenizer
 
 DType = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[DType, ...] = ("float32", "bfloat16", "float16")
@@ -303,7 +304,8 @@ def load_stable_diffusion(
     """Open Stable Diffusion 1.x or 2.x, inpainting variants too: a folder in diffusers' layout, or a .safetensors file.
 
     variant: of a folder's files, as "fp16". dtype: of parameters and computation. mesh: the parameters are split over its axis
-    `fsdp` and copied over the others (default: copied to all devices). tokenizer: the folder of one, which a single file needs.
+    `fsdp` and copied over the others (default: copied to all devices). tokenizer: the folder of one; a single file takes one that
+    lies beside it, or else CLIP's own, whose vocabulary is downloaded once.
     prediction: "noise", "v" or "x0", where the checkpoint does not say, or says it wrongly.
     lora: a LoRA file, in kohya's naming or that of diffusers, merged into the parameters times lora_scale.
     Raises ConfigError with one line that names what is missing, damaged or not supported.
@@ -491,16 +493,13 @@ def _notes(checkpoint: Checkpoint, scheduler: Config, tokenizer: Any, prediction
 def _tokenizer(
     checkpoint: Checkpoint, given: str | pathlib.Path | Tokenizer | None, text_encoder: CLIPTextEncoder
 ) -> Tokenizer:
-    """The tokenizer given, or the checkpoint's own, for at most as many tokens as the text encoder takes."""
+    """The tokenizer given, the checkpoint's own or CLIP's, for at most as many tokens as the text encoder takes."""
     if isinstance(given, Tokenizer):
         tokenizer, where = given, "tokenizer"
     else:
         folder = pathlib.Path(given).expanduser() if given is not None else checkpoint.tokenizer
         if folder is None:
-            raise ConfigError(
-                f"{checkpoint.path}: it has no tokenizer: give --tokenizer FOLDER (tokenizer=...), such as the tokenizer/ of "
-                "any Stable Diffusion folder of the same family"
-            )
+            return _clips_own(checkpoint, text_encoder)
         folder, where = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder, str(folder)
         try:
             tokenizer = Tokenizer.load(folder)
@@ -509,5 +508,16 @@ def _tokenizer(
     if tokenizer.vocabulary_size > text_encoder.vocabulary_size:
         known = f"{text_encoder.vocabulary_size:,}"
         raise ConfigError(f"{where}: {tokenizer.vocabulary_size:,} tokens, but the text encoder knows {known}")
-    length = min(tokenizer.context_length, text_encoder.context_length)
-    return tokenizer.with_context_length(length)
+    return tokenizer.with_context_length(min(tokenizer.context_length, text_encoder.context_length))
+
+
+def _clips_own(checkpoint: Checkpoint, text_encoder: CLIPTextEncoder) -> Tokenizer:
+    """The tokenizer of every Stable Diffusion 1 and 2 as published; the latter pads with "!", as OpenCLIP does (id 0)."""
+    other = "give --tokenizer FOLDER (tokenizer=...), such as the tokenizer/ of any Stable Diffusion folder of the same family"
+    if checkpoint.kind != "single file" or text_encoder.vocabulary_size != NUM_TOKENS:
+        raise ConfigError(f"{checkpoint.path}: it has no tokenizer: {other}")
+    try:
+        tokenizer = clip_tokenizer("!" if checkpoint.family.startswith("Stable Diffusion 2") else END)
+    except ValueError as error:
+        raise ConfigError(f"{checkpoint.path}: it has no tokenizer, and {error}, or {other}") from error
+    return tokenizer.with_context_length(min(tokenizer.context_length, text_encoder.context_length))

@@ -25,6 +25,7 @@ from jaxdiff.weights.names import (
     unet_rules,
 )
 from jaxdiff.weights.tensors import StoredTensor, open_tensors
+from jaxdiff.weights.tokenizer import WHOLE
 
 Config = dict[str, Any]
 ComponentName = Literal["unet", "vae", "text_encoder"]
@@ -195,7 +196,9 @@ def _open_folder(path: pathlib.Path, variant: str | None) -> Checkpoint:
 def _open_file(path: pathlib.Path) -> Checkpoint:
     stored = open_tensors(path)
     shapes = {name: tensor.shape for name, tensor in stored.items()}
-    notes = ["a single file has no tokenizer"]
+    tokenizer = _tokenizer_beside(path)
+    takes = f"that in {tokenizer} beside it is taken" if tokenizer else "CLIP's own is taken"
+    notes = [f"a single file has no tokenizer: {takes}"]
     try:
         family = single_file.identify(shapes)
         if strangers := single_file.unknown(shapes):
@@ -215,7 +218,14 @@ def _open_file(path: pathlib.Path) -> Checkpoint:
     rules: dict[str, list[Rule]] = {
         name: component_rules(name, configs[name], as_single_file=True) for name in COMPONENTS
     }
-    return Checkpoint(path, "single file", family, configs, tensors, rules, None, tuple(notes))
+    return Checkpoint(path, "single file", family, configs, tensors, rules, tokenizer, tuple(notes))
+
+
+def _tokenizer_beside(path: pathlib.Path) -> pathlib.Path | None:
+    """The folder of a tokenizer that somebody put beside a file."""
+    wanted = (("vocab.json", "merges.txt"), (WHOLE,))
+    folders = (path.parent / TOKENIZER, path.parent)
+    return next((at for at in folders for names in wanted if all((at / name).is_file() for name in names)), None)
 
 
 def _global_step(stored: Mapping[str, StoredTensor]) -> int | None:

@@ -207,8 +207,15 @@ def train_tokenizer(captions: Iterable[str], vocabulary_size: int, context_lengt
     )
     backend.train_from_iterator(captions, trainer)
     merges: Merges = [(a, b) for a, b in json.loads(backend.to_str())["model"]["merges"]][:num_merges]
+    return of_merges(merges, context_length)
+
+
+def of_merges(merges: Merges, context_length: int = CONTEXT_LENGTH, pad_token: str = END) -> Tokenizer:
+    """CLIP's numbers: the 256 bytes, the same at the end of a word, what the merges make, start and end."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    endings = [letter + END_OF_WORD for letter in alphabet]
     tokens = dict.fromkeys([*alphabet, *endings, *(a + b for a, b in merges), START, END])
-    return Tokenizer.create({token: i for i, token in enumerate(tokens)}, merges, context_length)
+    return Tokenizer.create({token: i for i, token in enumerate(tokens)}, merges, context_length, pad_token)
 
 
 def _plain(pad_token: str) -> dict[str, AddedToken]:
