@@ -15,7 +15,7 @@ import pathlib
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -83,21 +83,21 @@ def rows(only: str) -> Iterator[Row]:
             if wanted("networks"):
                 for what, difference in parity_of_networks.whole_networks(folder, sd).items():
                     yield Row("network", short, what, difference, NETWORK)
-            for case in peers.CASES if wanted("pipelines") else ():
-                if peers.CASES[case][0] == kind:
+            for case in peers.CASES.values() if wanted("pipelines") else ():
+                if case.kind == kind:
                     ours, theirs = small_checkpoint.images_of(sd, peers, case), peers.theirs(folder, case)
                     difference = float(np.abs(ours - theirs).max())
-                    yield Row(
-                        "pipeline", short, described(peers.CASES[case], sd.settings.sampler), difference, PIPELINE
-                    )
+                    yield Row("pipeline", short, described(case, sd.settings.sampler), difference, PIPELINE)
         jax.clear_caches()
 
 
-def described(case: tuple, own: str) -> str:
+def described(case: Any, own: str) -> str:
     """A case of tests/golden/make_stable_diffusion.py in words."""
-    _, sampler, strength, masked = case
-    what = "text to image" if strength is None else "inpainting" if masked else "image to image"
-    return f"{what}, {sampler or own}" + (f", strength {strength:g}" if strength is not None else "")
+    what = "text to image" if case.strength is None else "inpainting" if case.masked else "image to image"
+    what += f", {case.sampler or own}" + ", zero terminal SNR" * bool(case.scheduler)
+    if case.strength is not None:
+        what += f", strength {case.strength:g}"
+    return what if case.size[0] == case.size[1] else f"{what}, {case.size[1]}x{case.size[0]} pixels"
 
 
 def main() -> None:

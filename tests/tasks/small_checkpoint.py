@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import numpy as np
@@ -39,10 +40,10 @@ def configs(kind):
     return found | {name: found[name] | change for name, change in changes.items()}
 
 
-def tokenizer(kind):
+def tokenizer(kind, length=TOKENS):
     """Bytes alone; Stable Diffusion 2 pads with another token than the end."""
-    made = train_tokenizer([], 514, TOKENS)
-    return Tokenizer.create(made.vocabulary, made.merges, TOKENS, "!" if "2" in kind else END)
+    made = train_tokenizer([], 514, length)
+    return Tokenizer.create(made.vocabulary, made.merges, length, "!" if "2" in kind else END)
 
 
 def networks_of(parts, kind):
@@ -88,15 +89,15 @@ def write(folder, kind, single_file=False, **changes):
     return folder
 
 
-def image(seed=0):
+def image(seed=0, size=(SIDE, SIDE)):
     """A picture to begin from."""
-    return np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
 
 
-def mask():
+def mask(size=(SIDE, SIDE)):
     """White on the left."""
-    found = np.zeros((SIDE, SIDE, 1), np.uint8)
-    found[:, : SIDE // 2] = 255
+    found = np.zeros((*size, 1), np.uint8)
+    found[:, : size[1] // 2] = 255
     return found
 
 
@@ -112,13 +113,19 @@ def settings_of(sd, sampler, **changes):
     return dataclasses.replace(sd.settings, sampler=name, **spacing, **changes)
 
 
+def with_scheduler(sd, changes):
+    """The same model with other options in its scheduler's file."""
+    scheduler = json.dumps(json.loads(sd.networks.scheduler) | changes)
+    return dataclasses.replace(sd, networks=dataclasses.replace(sd.networks, scheduler=scheduler))
+
+
 def images_of(sd, peers, case):
     """Our side of make_stable_diffusion.theirs: float images, not clipped, nothing pasted."""
-    _, sampler, strength, masked = peers.CASES[case]
-    settings = settings_of(sd, sampler, steps=peers.STEPS, guidance=peers.GUIDANCE)
-    pictures = None if strength is None else np.stack([image(i) for i in range(2)])
-    masks = np.stack([mask()] * 2) if masked else None
+    sd = with_scheduler(sd, case.scheduler).with_size(*case.size)
+    settings = settings_of(sd, case.sampler, steps=case.steps, guidance=peers.GUIDANCE)
+    pictures = None if case.strength is None else np.stack([image(i, case.size) for i in range(2)])
+    masks = np.stack([mask(case.size)] * 2) if case.masked else None
     request = Request(texts.request(sd.tokenizer, peers.PROMPTS, peers.NEGATIVE), pictures, masks)
     sample = jit(make_sample(sd.model, settings, True, paste=False))
     keys = jax.vmap(jax.random.key)(np.array(peers.SEEDS, np.uint32))
-    return np.asarray(sample(sd.params, keys, request, knobs_of(sd.model, settings, strength or 1.0)))
+    return np.asarray(sample(sd.params, keys, request, knobs_of(sd.model, settings, case.strength or 1.0)))

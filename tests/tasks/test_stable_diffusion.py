@@ -1,6 +1,7 @@
 """Stable Diffusion from disk to images: small checkpoints with random weights, written by our own export."""
 
 import dataclasses
+import functools
 import re
 import sys
 
@@ -49,24 +50,30 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sd(folders):
-    return load_stable_diffusion(folders(SD1), mesh=small.one_device())
+def loaded(folders):
+    """The model of a kind."""
+    return functools.cache(lambda kind: load_stable_diffusion(folders(kind), mesh=small.one_device()))
 
 
 @pytest.fixture(scope="module")
-def inpainting(folders):
-    return load_stable_diffusion(folders(INPAINT1), mesh=small.one_device())
+def sd(loaded):
+    return loaded(SD1)
+
+
+@pytest.fixture(scope="module")
+def inpainting(loaded):
+    return loaded(INPAINT1)
 
 
 # Images ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", peers.KEPT)
-def test_images_are_the_golden_ones(sd, golden_dir, case):
-    golden = np.load(golden_dir / "stable_diffusion.npz")
+@pytest.mark.parametrize("name", peers.KEPT)
+def test_images_are_the_golden_ones(loaded, golden_dir, name):
+    golden, case = np.load(golden_dir / "stable_diffusion.npz"), peers.CASES[name]
     assert set(golden.files) == set(peers.KEPT)
-    images = small.images_of(sd, peers, case)
-    assert np.abs(images - golden[case]).max() < 1e-4 * np.abs(golden[case]).max()
+    images = small.images_of(loaded(case.kind), peers, case)
+    assert np.abs(images - golden[name]).max() < 1e-4 * np.abs(golden[name]).max()
 
 
 def test_an_image_is_its_seeds_and_prompts_alone(sd):

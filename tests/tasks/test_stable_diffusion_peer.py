@@ -26,13 +26,15 @@ def opened(tmp_path_factory):
     return of
 
 
-@pytest.mark.parametrize("case", peers.CASES)
-def test_images_are_those_of_diffusers(opened, case):
+@pytest.mark.parametrize("name", peers.CASES)
+def test_images_are_those_of_diffusers(opened, name):
     """Float images of about [-1, 1]; 1e-3 is asked for."""
-    folder, sd = opened(peers.CASES[case][0])
+    case = peers.CASES[name]
+    folder, sd = opened(case.kind)
     ours, theirs = images_of(sd, peers, case), peers.theirs(folder, case)
+    assert ours.shape == theirs.shape == (2, *case.size, 3)
     error = np.abs(ours - theirs).max()
-    print(f"{case}: largest difference {error:.1e}, largest number {np.abs(theirs).max():.2f}")
+    print(f"{name}: largest difference {error:.1e}, largest number {np.abs(theirs).max():.2f}")
     assert theirs.std() > 0.1 and error < 1e-4 * max(1, np.abs(theirs).max())
 
 
@@ -44,7 +46,7 @@ def test_networks_are_those_of_the_peers(opened, kind):
     assert len(differences) == 5 and max(differences.values()) < 5e-5
 
 
-@pytest.mark.parametrize("kind", [small.KINDS[0], small.KINDS[2]])
+@pytest.mark.parametrize("kind", small.KINDS)
 def test_blocks_are_those_of_the_peers(opened, kind):
     """Each with what reached it there; 2e-5 is asked for."""
     differences = parity_of_networks.blocks(*opened(kind))
@@ -56,9 +58,9 @@ def test_blocks_are_those_of_the_peers(opened, kind):
 def test_golden_numbers_are_those_of_the_peer_here(opened, golden_dir):
     golden = np.load(golden_dir / "stable_diffusion.npz")
     assert set(golden.files) == set(peers.KEPT)
-    for case in peers.KEPT:
-        folder, _ = opened(peers.CASES[case][0])
-        np.testing.assert_allclose(peers.theirs(folder, case), golden[case], atol=1e-4)
+    for name in peers.KEPT:
+        folder, _ = opened(peers.CASES[name].kind)
+        np.testing.assert_allclose(peers.theirs(folder, peers.CASES[name]), golden[name], atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
