@@ -64,6 +64,10 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
 
     `--help` prints `usage` and every key with its value. Raises ConfigError for anything that isn't understood.
     """
+    if any(arg.split("=")[0] in ("--flagfile", "-flagfile") for arg in argv):
+        raise ConfigError(
+            "--flagfile is not read here: give the flags themselves, or write their values into the config file"
+        )
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "Config file.", flag_values=values, sys_argv=argv)
     flags.DEFINE_string("workdir", None, "Where everything goes.", flag_values=values)
@@ -103,12 +107,16 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
 
 
 def _config_path(argv: list[str]) -> pathlib.Path | None:
+    """The config file that is named. Raises ConfigError where two are: their flags would be mixed."""
+    named = []
     for here, after in zip(argv, [*argv[1:], None], strict=True):
         if here in ("--config", "-config") and after is not None:
-            return pathlib.Path(after)
+            named.append(after)
         if here.startswith(("--config=", "-config=")):
-            return pathlib.Path(here.split("=", 1)[1])
-    return None
+            named.append(here.split("=", 1)[1])
+    if len(named) > 1:
+        raise ConfigError(f"--config is given more than once ({' and '.join(named)}): give one config file")
+    return pathlib.Path(named[0]) if named else None
 
 
 def _explain(error: Exception, argv: list[str], path: pathlib.Path) -> str:
