@@ -1,6 +1,7 @@
 """What a run is said to take, before it begins: against the compiled program, by hand, and where it does not fit."""
 
 import dataclasses
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -44,9 +45,13 @@ def test_of_a_step_on_eight_devices(tmp_path, capsys, monkeypatch):
     with Image.open(tmp_path / "run" / "first_batch.png") as image:
         np.testing.assert_array_equal(np.asarray(image), image_grid(run.batch["image"])[..., 0])
     text, plan = step.compiled.as_text(), step.compiled.memory_analysis()
-    # The gradient travels once, as expected; besides it only metrics and norms do.
+    # The gradient travels once, as expected; besides it only metrics and norms do. Kernels of convolutions after a doubling
+    # travel as they are used, 16 numbers for 9.
     expected, found = sum(expected_traffic(run).values()), sent(text, 8)
-    assert set(collectives(text)) == {"all-reduce"} and expected < found < 1.01 * expected
+    leaves = jax.tree_util.tree_leaves_with_path(run.state.params)
+    folded = sum(math.prod(a.shape) * 4 for path, a in leaves if "decoder_conv" in str(path) and a.shape[:2] == (3, 3))
+    usual = expected + 2 * 7 / 8 * (16 / 9 - 1) * folded
+    assert folded and set(collectives(text)) == {"all-reduce"} and usual < found < 1.01 * usual
     assert number(r"sends ([\d.]+) MB", lines["expected"]) == pytest.approx(expected / 1e6, rel=1e-3)
     # State and a share of the batch go in, and the state is replaced in place.
     share = sum(array.nbytes for array in run.batch.values()) / 8
