@@ -390,7 +390,6 @@ RUNS = [
     ),
     Row(SAMPLE + " --init_image image.png --mask_image black.png", "--mask_image: the mask is black all over"),
     Row(SAMPLE + " --interpolate 1", "--interpolate 1: must be at least 2"),
-    Row(SAMPLE + " --interpolate 3 --num 3", "--interpolate says how many images: leave out --num"),
     Row(SAMPLE + " --interpolate 3 --label 0,1", "--interpolate shows one --label"),
     Row(SAMPLE + " --out image.png", "--out image.png: it is a file, and a folder is needed"),
     Row(SAMPLE + " --out image.png/samples", "--out image.png/samples: .*image.png is a file, and a folder is needed"),

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -134,14 +135,14 @@ def how_many(args: argparse.Namespace) -> int:
     if args.interpolate is None:
         default = NUM if args.workdir else max(1, len(args.prompt))  # a dry run needs no prompt
         return default if args.num is None else args.num
-    if args.num is not None:
-        raise ConfigError("--interpolate says how many images: leave out --num")
     if args.interpolate < 2:
         raise ConfigError(f"--interpolate {args.interpolate}: must be at least 2, the two ends")
     if args.init_image or args.mask_image:
         raise ConfigError("--interpolate makes images from nothing: leave out --init_image and --mask_image")
     if len(args.prompt) > 2:
         raise ConfigError(f"--interpolate goes from one --prompt to another: got {len(args.prompt)}")
+    if args.num is not None and is_first():
+        print(f"note: --interpolate {args.interpolate} says how many images, not --num {args.num}", file=sys.stderr)
     return args.interpolate
 
 

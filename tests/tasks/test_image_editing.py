@@ -132,7 +132,6 @@ def asked(run, *flags):
         (["--init_image=image.png", "--strength=1.5"], "--strength 1.5 must lie from 0 .* to 1"),
         (["--init_image=image.png", "--strength=-0.1"], "--strength -0.1 must lie from 0"),
         (["--interpolate=1"], "--interpolate 1: must be at least 2"),
-        (["--interpolate=4", "--num=4"], "leave out --num"),
         (["--interpolate=4", "--init_image=image.png"], "leave out --init_image"),
         (["--interpolate=4", "--prompt=a", "--prompt=b", "--prompt=c"], "from one --prompt to another: got 3"),
         (["--interpolate=4", "--label=a,b"], "nothing lies between two of them"),
@@ -144,6 +143,25 @@ def test_wrong_flags_are_one_line(run, files, monkeypatch, flags, message):
     with pytest.raises(ConfigError, match=message) as caught:
         asked(run, *flags)
     assert "\n" not in str(caught.value)
+
+
+def test_the_flag_at_fault_is_named(run, files, monkeypatch):
+    monkeypatch.chdir(files)
+    other = dataclasses.replace(run.model, image_shape=(8, 8, 2), latent_shape=(8, 8, 2))
+    monkeypatch.setattr(Run, "model", other)
+    with pytest.raises(ConfigError, match="^--init_image: cannot convert an image of 1 channels to 2"):
+        asked(run, "--init_image=image.png", "--mask_image=mask.png")
+    monkeypatch.undo()
+    monkeypatch.chdir(files)
+    with pytest.raises(ConfigError, match="^--mask_image: the mask is black"):
+        asked(run, "--init_image=image.png", "--mask_image=black.png")
+
+
+def test_interpolate_says_how_many_not_num(run, capsys):
+    way = asked(run, "--interpolate=4", "--num=64", "--label=c")
+    assert capsys.readouterr().err == "note: --interpolate 4 says how many images, not --num 64\n"
+    np.testing.assert_array_equal(way.arrays["weights"], asked(run, "--interpolate=4", "--label=c").arrays["weights"])
+    assert len(way.seeds) == 4 and capsys.readouterr().err == ""
 
 
 def test_flags_become_requests(run, files, monkeypatch):
