@@ -60,6 +60,11 @@ def is_grey(file: bytes | pathlib.Path) -> bool:
         return False
 
 
+def on_white(pixels: UInt8[np.ndarray, "h w c"]) -> UInt8[np.ndarray, "h w c"]:
+    """Grey or RGB pixels as they are; with a channel of opacity (2 or 4) as they look on white, as those of files."""
+    return pixels if pixels.shape[-1] in (1, 3) else _to_grey_or_rgb(Image.fromarray(pixels))
+
+
 def _to_grey_or_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w c"]:
     if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion to 8 bits would clip at 255
         levels = np.asarray(image).astype(np.int32)

@@ -11,36 +11,45 @@ Pixels = UInt8[np.ndarray, "h w c"]
 
 
 def resize_shorter_side(image: Pixels, size: int) -> Pixels:
-    """Scale so that the shorter side has `size` pixels, keeping the aspect ratio.
+    """Scale so that the shorter side has `size` pixels, keeping the aspect ratio."""
+    return resize_to_cover(image, size, size)
+
+
+def resize_to_cover(image: Pixels, height: int, width: int) -> Pixels:
+    """Scale to the least size that covers height x width, keeping the aspect ratio.
 
     Down by a whole factor: the mean of each block of pixels. Down otherwise: Lanczos, antialiased. Up: bicubic.
     """
-    height, width, channels = image.shape
-    shorter = min(height, width)
-    if shorter == size:
+    *shape, channels = image.shape
+    scaled = covering_shape((shape[0], shape[1]), height, width)
+    if tuple(shape) == scaled:
         return image
-    scaled = resized_shape((height, width), size)
-    factor = shorter // size
+    factor = shape[0] // scaled[0]
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)
-    if (height, width) == (scaled[0] * factor, scaled[1] * factor):
+    if tuple(shape) == (scaled[0] * factor, scaled[1] * factor):
         picture = picture.reduce(factor)
     else:
-        method = Image.Resampling.BICUBIC if shorter < size else Image.Resampling.LANCZOS
-        picture = picture.resize((scaled[1], scaled[0]), method)
+        larger = scaled[0] > shape[0] or scaled[1] > shape[1]
+        picture = picture.resize(scaled[::-1], Image.Resampling.BICUBIC if larger else Image.Resampling.LANCZOS)
     return np.asarray(picture).reshape(*scaled, channels)
 
 
 def resized_shape(shape: tuple[int, int], size: int) -> tuple[int, int]:
     """Height and width after `resize_shorter_side`."""
-    shorter = min(shape)
-    height, width = (max(size, round(side * size / shorter)) for side in shape)
-    return height, width
+    return covering_shape(shape, size, size)
 
 
-def centre_crop(image: Pixels, size: int) -> Pixels:
-    """The size x size window in the middle."""
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[top : top + size, left : left + size]
+def covering_shape(shape: tuple[int, int], height: int, width: int) -> tuple[int, int]:
+    """Height and width after `resize_to_cover`."""
+    target, side = (height, shape[0]) if height * shape[1] >= width * shape[0] else (width, shape[1])
+    return max(height, round(shape[0] * target / side)), max(width, round(shape[1] * target / side))
+
+
+def centre_crop(image: Pixels, height: int, width: int | None = None) -> Pixels:
+    """The height x width window in the middle, a square if no width is given."""
+    width = height if width is None else width
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return image[top : top + height, left : left + width]
 
 
 def random_crop(image: Pixels, size: int, u_top: float, u_left: float) -> Pixels:

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
-from jaxdiff.data.images import decode_image, read_image_file
-from jaxdiff.data.transforms import centre_crop, convert_channels, resize_shorter_side
+from jaxdiff.data.images import decode_image, on_white, read_image_file
+from jaxdiff.data.transforms import centre_crop, convert_channels, resize_to_cover
 from jaxdiff.generation.masks import to_latents
 
 Picture = UInt8[np.ndarray, "h w c"]
@@ -23,7 +23,8 @@ def read_image(path: str | pathlib.Path) -> Picture:
 def fit_images(images: Any, image_shape: tuple[int, int, int], num: int) -> UInt8[np.ndarray, "n h w c"]:
     """`num` images of the model's size from one image for all of them, or from as many.
 
-    Each is uint8 [h w c] or [h w]. Its shorter side is scaled and its middle taken, grey becomes RGB or the other way round.
+    Each is uint8 [h w c] or [h w]. It is scaled to cover the model's size and its middle taken; grey becomes RGB or the other way
+    round; of 2 or 4 channels the last is opacity, and lies on white.
     """
     fitted = [_fit(picture, image_shape) for picture in _pictures(images, "image")]
     return _repeated(fitted, num, "images")
@@ -66,22 +67,31 @@ def _pictures(given: Any, kind: str) -> list[Picture]:
         given = list(given) if given.ndim == 4 else [given]
     pictures = []
     for picture in map(np.asarray, given):
-        if kind == "mask" and picture.dtype != np.uint8:
-            picture = np.round(np.clip(picture.astype(np.float64), 0, 1) * 255).astype(np.uint8)
+        picture = _levels(picture) if kind == "mask" else picture
         picture = picture[..., None] if picture.ndim == 2 else picture
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (1, 3):
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] not in (1, 2, 3, 4) or not picture.size:
             raise ValueError(f"the {kind} must be uint8 [h w 1] or [h w 3], not {picture.dtype} {list(picture.shape)}")
-        pictures.append(picture)
+        pictures.append(on_white(picture))
     return pictures
+
+
+def _levels(mask: np.ndarray) -> np.ndarray:
+    """A mask of bool or of float in [0, 1] as uint8; one of uint8 as it is."""
+    if mask.dtype == np.uint8:
+        return mask
+    if mask.dtype != np.bool_ and not jnp.issubdtype(mask.dtype, jnp.floating):
+        raise ValueError(f"the mask must be uint8 (0 to 255), bool, or float from 0 to 1, not {mask.dtype}")
+    levels = mask.astype(np.float64)
+    if not ((levels >= 0) & (levels <= 1)).all():  # nor NaN
+        raise ValueError(
+            f"the mask must be from 0 to 1 where it is float, and goes from {levels.min():g} to {levels.max():g}"
+        )
+    return np.round(levels * 255).astype(np.uint8)
 
 
 def _fit(picture: Picture, image_shape: tuple[int, int, int]) -> Picture:
     height, width, channels = image_shape
-    if picture.shape[:2] != (height, width):
-        if height != width:
-            raise ValueError(f"the image must have {width}x{height} pixels, not {picture.shape[1]}x{picture.shape[0]}")
-        picture = centre_crop(resize_shorter_side(picture, height), height)
-    return convert_channels(picture, channels)
+    return convert_channels(centre_crop(resize_to_cover(picture, height, width), height, width), channels)
 
 
 def _repeated(pictures: list[Picture], num: int, kind: str) -> UInt8[np.ndarray, "n h w c"]:

@@ -156,11 +156,18 @@ def what_is_asked(args: argparse.Namespace, run: Run | StableDiffusion, num: int
     arrays = {"seeds": seeds} | ({} if labels is None else {"labels": labels})
     if not args.init_image:
         return Asked(seeds, condition, 1.0, seeds, arrays)
-    strength = args.strength
-    if strength is None:
-        strength = 1.0 if args.mask_image else IMAGE_STRENGTH
-    request = _edit(args, run, condition, seeds)
+    request, strength = _edit(args, run, condition, seeds), strength_of(args)
+    assert strength is not None
     return Asked(seeds, request, strength, seeds, arrays)
+
+
+def strength_of(args: argparse.Namespace) -> float | None:
+    """How far to go from the image given; None where there is none."""
+    if not args.init_image:
+        return None
+    if args.strength is not None:
+        return float(args.strength)
+    return 1.0 if args.mask_image else IMAGE_STRENGTH
 
 
 def _check_flags(args: argparse.Namespace) -> None:
@@ -195,13 +202,20 @@ def _edit(
     args: argparse.Namespace, run: Run | StableDiffusion, condition: Any, seeds: UInt32[np.ndarray, " n"]
 ) -> Request:
     image = _read("--init_image", args.init_image)
-    mask = _read("--mask_image", args.mask_image) if args.mask_image else None
+    request = _fitted("--init_image", run, condition, image, None, seeds)
+    if not args.mask_image:
+        return request
+    return _fitted("--mask_image", run, condition, image, _read("--mask_image", args.mask_image), seeds)
+
+
+def _fitted(flag: str, run: Run | StableDiffusion, condition: Any, image: Any, mask: Any, seeds: Any) -> Request:
+    """The request; whatever is wrong with it, is wrong with the file of this flag."""
     try:
         return edit_request(run, condition, image, mask, seeds)
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"{'--mask_image' if args.mask_image else '--init_image'}: {error}") from error
+        raise ConfigError(f"{flag}: {error}") from error
 
 
 def _interpolation(args: argparse.Namespace, run: Run | StableDiffusion, num: int) -> Asked:
