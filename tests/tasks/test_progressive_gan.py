@@ -15,6 +15,7 @@ from PIL import Image
 from jaxdiff.config import ConfigError, ShardingConfig
 from jaxdiff.data.sources import open_source
 from jaxdiff.evaluation.scores import Options
+from jaxdiff.generation.pictures import image_grid
 from jaxdiff.models.progressive_gan import fade_images, halve_pixels
 from jaxdiff.tasks.evaluate import Reference, evaluate_samples
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask, growth_of, latents, resolve_length
@@ -187,12 +188,21 @@ def straight(tmp_path_factory):
     return config, workdir, train_run(config, workdir)
 
 
+def assert_grid_is_of_fixed_latents(workdir):
+    """The newest grid shows the images of the seeds 0, 1, ..., as anybody can make them of the newest checkpoint."""
+    run = load_run(workdir)
+    with Image.open(workdir / "samples" / f"step_{run.step:07d}.png") as grid:
+        expected = image_grid(run.make(np.arange(run.task.config.sampling.num_images)), min_side=32)
+        np.testing.assert_array_equal(np.asarray(grid)[..., None], expected)
+
+
 def test_stopped_in_a_fade_and_resumed_is_bit_identical(straight, tmp_path):
     config, workdir, outcome = straight
     shorter = gan_config(**{"progressive_gan.total_kimg": 0.128})
     middle = train_run(shorter, tmp_path / "run")
     alpha = growth_of(config).at_step(middle.step - 1).alpha
     assert 0 < alpha < 1 and growth_of(config).at_step(middle.step).alpha < 1, "this was to be in a fade"
+    assert_grid_is_of_fixed_latents(tmp_path / "run")
     resumed = train_run(config, tmp_path / "run")
     assert (resumed.step, outcome.step) == (config.training.num_steps,) * 2
     same(resumed.state, outcome.state)
@@ -226,7 +236,9 @@ def test_a_run_leaves_pictures_of_its_growth_and_numbers(straight):
     assert all(names <= set(record) for record in records)
     alphas = [record["alpha"] for record in records]
     assert alphas[0] == alphas[-1] == 1 and any(0 < alpha < 1 for alpha in alphas)
-    assert (workdir / "curves.png").is_file()
+    curves = ProgressiveGANTask(config).trainable(ONE).curves
+    assert (workdir / "curves.png").is_file() and names <= set(curves)
+    assert_grid_is_of_fixed_latents(workdir)
     for step in (7, outcome.step):
         assert (workdir / "samples" / f"step_{step:07d}.png").is_file()
         with Image.open(workdir / "interpolation" / f"step_{step:07d}.gif") as gif:
