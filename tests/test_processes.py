@@ -17,10 +17,14 @@ import pytest
 from jaxdiff.command_line import one_line_errors, process_flags
 from jaxdiff.config import ConfigError, to_json
 from jaxdiff.files import write_text
+from jaxdiff.tasks.progressive_gan import resolve_length
 from jaxdiff.training import processes
 from jaxdiff.training.log import read_metrics
 from jaxdiff.training.processes import Place, check_place, launcher
+from tests.tasks.test_progressive_gan import GAN
 from tests.tiny import tiny_config
+from tests.training.test_loop import final_state
+from tests.training.test_sharding import relative_distance
 
 ROOT = pathlib.Path(__file__).parent.parent
 LAUNCHERS = ("SLURM_", "OMPI_", "TPU_")
@@ -294,6 +298,51 @@ def test_when_one_process_is_killed_the_others_end_and_the_run_goes_on(alone, lo
     assert f"going on from step {max(before)}\n" in texts[0]
     assert [record["step"] for record in read_metrics(alone / name / "metrics.jsonl")] == list(range(1, more + 1))
     np.testing.assert_allclose(losses(alone / name)[:6], losses(alone / "alone"), rtol=1e-5)
+
+
+GROWING = {
+    **GAN,
+    "progressive_gan.stddev_parts": 8,
+    "optimizer.epsilon": 1e-3,  # else a gradient that is nearly 0 makes as large a step as any
+}
+
+
+@pytest.fixture(scope="module")
+def growing(tmp_path_factory):
+    """A GAN's config, and its run through a fade by two processes of four devices each."""
+    folder = tmp_path_factory.mktemp("growing")
+    config_file(folder, **GROWING)
+    train(folder, "two", 2, 4)
+    return folder
+
+
+def networks(folder, name):
+    """Step and networks of a run's last checkpoint."""
+    step, state = final_state(resolve_length(tiny_config(**TINY | GROWING)), folder / name)
+    return step, (state.params, state.ema_params, state.discriminator_params)
+
+
+@pytest.mark.slow
+def test_two_processes_grow_as_one_does(growing):
+    train(growing, "alone", 1, 1)
+    (step, two), (alone_step, alone) = networks(growing, "two"), networks(growing, "alone")
+    np.testing.assert_allclose(losses(growing / "two"), losses(growing / "alone"), rtol=1e-3, atol=1e-4)
+    assert step == alone_step == 14 and relative_distance(two, alone) < 1e-5
+    alphas = [record["alpha"] for record in read_metrics(growing / "two" / "metrics.jsonl") if "alpha" in record]
+    assert alphas[0] == alphas[-1] == 1 and min(alphas) < 1
+
+
+@pytest.mark.slow
+def test_two_processes_that_stop_in_a_fade_go_on_bit_for_bit(growing):
+    train(growing, "stopped", 2, 4, "--config.progressive_gan.total_kimg=0.128")
+    alphas = [record["alpha"] for record in read_metrics(growing / "stopped" / "metrics.jsonl") if "alpha" in record]
+    assert 0 < alphas[-1] < 1, "this was to be in a fade"
+    _, texts = train(growing, "stopped", 2, 4)
+    assert "going on from step 8\n" in texts[0]
+    (step, resumed), (_, straight) = networks(growing, "stopped"), networks(growing, "two")
+    assert step == 14
+    for ours, theirs in zip(jax.tree.leaves(resumed), jax.tree.leaves(straight), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
 @pytest.mark.slow
