@@ -14,6 +14,7 @@ from jaxdiff.data.transforms import convert_channels
 from jaxdiff.files import read_json
 
 TEXT_FEATURES = ("text", "caption")
+LISTS_OF_TEXTS = ("captions", "texts", *TEXT_FEATURES)  # of texts, or of entries with a text among other things
 MAX_CLASSES = 2**16
 # A plain name: nothing outside the folder of data sets is opened, whatever a config says.
 NAME = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)?(:\d+\.\d+\.\d+)?")
@@ -61,13 +62,25 @@ class TFDSSource:
         if self._text is None:
             return example
         try:
-            return example | {"text": record[self._text].decode()}
+            return example | {"text": _caption(record, self._text, where).decode()}
         except UnicodeDecodeError as error:
             raise CorruptImage(f"{where} has a caption that is not text (UTF-8)") from error
 
     def describe(self) -> str:
         """One line: what, how many, how large, from where."""
         return describe_source(f"tfds:{self.name} ({self.split})", self, self.origin)
+
+
+def _caption(record: Mapping[str, Any], path: Sequence[str], where: str) -> bytes:
+    """The text behind these keys, or the first where there are several. Raises CorruptImage where there is none."""
+    found: Any = record
+    for key in path:
+        found = found[key]
+    if isinstance(found, bytes):
+        return found
+    if not len(found):
+        raise CorruptImage(f"{where} has no caption")
+    return found[0]
 
 
 def open_tfds(name: str, data_dir: pathlib.Path | None = None, split: str = "train") -> TFDSSource:
@@ -148,13 +161,12 @@ def _how_to_prepare(name: str, data_dir: pathlib.Path) -> str:
     )
 
 
-def _roles(name: str, features: Mapping[str, Any]) -> tuple[str, str | None, str | None]:
-    """Names of the image, the label and the caption among a data set's features."""
+def _roles(name: str, features: Mapping[str, Any]) -> tuple[str, str | None, tuple[str, ...] | None]:
+    """Names of the image and the label among a data set's features, and the keys that lead to its caption, or captions."""
     import tensorflow_datasets as tfds
 
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     labels = [key for key, feature in features.items() if isinstance(feature, tfds.features.ClassLabel)]
-    texts = [key for key in TEXT_FEATURES if isinstance(features.get(key), tfds.features.Text)]
     if not images:
         raise ValueError(f"tfds:{name} has no image among its features: {', '.join(features)}")
     image = "image" if "image" in images else images[0]
@@ -166,4 +178,20 @@ def _roles(name: str, features: Mapping[str, Any]) -> tuple[str, str | None, str
         raise ValueError(
             f"tfds:{name} has {features[label].num_classes:,} classes, and at most {MAX_CLASSES:,} are read"
         )
-    return image, label, texts[0] if texts else None
+    return image, label, _text_keys(features)
+
+
+def _text_keys(features: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Where the caption is: a text, the first of a list of texts, or of a list of entries with a text, as COCO's."""
+    import tensorflow_datasets as tfds
+
+    texts = [(key,) for key in TEXT_FEATURES if isinstance(features.get(key), tfds.features.Text)]
+    lists = [key for key in LISTS_OF_TEXTS if type(features.get(key)) is tfds.features.Sequence]
+    for key in lists:
+        inner = features[key].feature
+        if isinstance(inner, tfds.features.Text):
+            texts.append((key,))
+        if isinstance(inner, tfds.features.FeaturesDict):
+            entry = dict(inner.items())
+            texts += [(key, part) for part in TEXT_FEATURES if isinstance(entry.get(part), tfds.features.Text)]
+    return texts[0] if texts else None

@@ -124,6 +124,39 @@ def test_captions_and_a_corrupt_image(captioned):
     assert batch["image"].shape == (10, 4, 4, 3) and sorted(batch["text"])[0] == "größe 0"
 
 
+@pytest.mark.parametrize("inner", ["text", "entries"])
+def test_the_first_of_several_captions_is_taken(tmp_path, inner):
+    """Of a list of texts, or of entries as COCO has them; example 1 has none, and is passed over."""
+    import tensorflow_datasets as tfds
+
+    text, entries = tfds.features.Text(), inner == "entries"
+    kind = {"id": tfds.features.Scalar(np.int64), "text": text} if entries else text
+
+    class Listed(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Several captions an image."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"image": tfds.features.Image(shape=(4, 4, 3)), "captions": tfds.features.Sequence(kind)}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i, captions in enumerate([["größe", "size"], [], ["one only"], ["a", "b", "c"]]):
+                told = [{"id": 7, "text": caption} for caption in captions] if entries else captions
+                image = io.BytesIO()
+                Image.new("RGB", (4, 4)).save(image, "PNG")
+                yield i, {"image": io.BytesIO(image.getvalue()), "captions": told}
+
+    Listed(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+    source = open_source("tfds:listed", tmp_path, require_text=True)
+    assert [source[i]["text"] for i in (0, 2, 3)] == ["größe", "one only", "a"]
+    assert source[1]["text"] == "one only" and "example 1 has no caption" in source.bad[1]
+
+
 SCRIPT = """
 import sys
 from jaxdiff.data import cifar10
