@@ -111,6 +111,10 @@ class Loader:
                 future.cancel()
             pool.shutdown(wait=True)
 
+    def forget(self) -> None:
+        """Give the kept images' memory back; from now on they are read anew."""
+        self._memory = None
+
     def _uniforms(self, n: int) -> Float[np.ndarray, "b 3"]:
         """The random numbers of batch n, drawn for the whole batch so that the number of processes does not matter."""
         return np.random.default_rng([self.seed, n]).random((self.batch_size, 3))[self._positions]
@@ -152,7 +156,10 @@ class Loader:
 
 
 def iterate_in_turn(loaders: Sequence[Loader], start: int = 0) -> Generator[Batch, None, None]:
-    """Batches start, start + 1, ... without end: number n of the last loader that begins with n or before."""
+    """Batches start, start + 1, ... without end: number n of the last loader that begins with n or before.
+
+    A loader that has had its turn forgets the images that it kept; one whose batches are only looked at and closed does not.
+    """
     for loader, following in itertools.zip_longest(loaders, loaders[1:]):
         end = None if following is None else following.begin[0]
         if end is not None and start >= end:
@@ -162,6 +169,7 @@ def iterate_in_turn(loaders: Sequence[Loader], start: int = 0) -> Generator[Batc
             yield from itertools.islice(batches, None if end is None else end - start)
         finally:
             batches.close()
+        loader.forget()
         start = end or start
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -279,3 +280,19 @@ def test_loaders_in_turn_see_every_image_of_the_order_once():
 def test_batches_have_no_negative_numbers():
     with pytest.raises(IndexError):
         Loader(make_source(), 8, 0, **OPTIONS)[-1]
+
+
+def test_a_loader_that_has_had_its_turn_gives_its_memory_back():
+    """Else a run that grows would keep its data once for each resolution. A look into the next stage takes nothing away."""
+    options = {"image_size": 6, "channels": 3}
+    loaders = [Loader(make_source(), 8, 0, **options, begin=(step, 8 * step)) for step in (0, 2, 4)]
+    kept = [weakref.ref(loader._memory) for loader in loaders]
+    look = iterate_in_turn(loaders, 2)
+    next(look)
+    look.close()
+    assert all(one() is not None for one in kept)
+    batches = iterate_in_turn(loaders)
+    first = list(itertools.islice(batches, 3))
+    assert [one() is not None for one in kept] == [False, True, True]
+    batches.close()
+    assert_same(loaders[0][0], first[0])
