@@ -4,8 +4,12 @@
 
 The folder holds square images of 1024x1024 (CelebA-HQ has 30,000); of others the middle is cut out and scaled. 19 million images:
 for GPUs or TPUs, and weeks of one; it has not been trained here. Batches are the paper's, for one device. Several devices share a
-batch, so every number in it must be a multiple of them, as in --config.progressive_gan.batch_sizes=32 on eight; the authors then
-raise the learning rate: --config.progressive_gan.learning_rates=0.001,0.001,0.001,0.001,0.001,0.0015,0.002,0.003,0.003
+batch, so every number in it must be a multiple of them; groups of the minibatch standard deviation stay on a device where
+stddev_parts is one, too; and the authors raise the learning rate. On eight:
+
+    python train.py --config configs/celeba_hq_progressive_gan.py --config.data.dir=celeba_hq \\
+        --config.progressive_gan.batch_sizes=32 --config.progressive_gan.stddev_parts=8 \\
+        --config.progressive_gan.learning_rates=0.001,0.001,0.001,0.001,0.001,0.0015,0.002,0.003,0.003
 """
 
 from ml_collections import ConfigDict

@@ -33,6 +33,7 @@ from jaxdiff.tasks.vae import PREVIEW
 from jaxdiff.training import loop
 from jaxdiff.training.lock import holding
 from jaxdiff.training.log import read_metrics
+from jaxdiff.training.processes import is_first
 from jaxdiff.training.sharding import check_batch, make_mesh
 from jaxdiff.weights.tokenizer import Tokenizer
 
@@ -109,6 +110,13 @@ def _make_loaders(config: Config, source: Source, mesh: Mesh) -> list[Loader]:
         return [_make_loader(config, source, config.training.batch_size)]
     task, loaders = ProgressiveGANTask(config), []
     task.separate_devices(mesh)
+    parts = config.progressive_gan.stddev_parts
+    if parts % mesh.size and is_first():
+        print(
+            f"note: config.progressive_gan.stddev_parts = {parts} is no multiple of the {mesh.size} devices: each step they send "
+            "each other what the minibatch standard deviation looks at",
+            file=sys.stderr,
+        )
     for stage, options in task.loading():
         name = f"progressive_gan.batch_sizes at {stage.name}" if config.progressive_gan.batch_sizes else None
         check_batch(stage.batch_size, 1, mesh, name or "training.batch_size")

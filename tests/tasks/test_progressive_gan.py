@@ -21,7 +21,7 @@ from jaxdiff.tasks.evaluate import Reference, evaluate_samples
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask, growth_of, latents, resolve_length
 from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.score import make_training_scores
-from jaxdiff.tasks.train import train_run
+from jaxdiff.tasks.train import open_run, train_run
 from jaxdiff.training.collectives import collectives, instructions
 from jaxdiff.training.log import read_metrics
 from jaxdiff.training.loop import init_sharded
@@ -404,6 +404,15 @@ def test_devices_that_cannot_share(tmp_path):
         train_run(gan_config(**changes), tmp_path / "run")
     with pytest.raises(ConfigError, match="stddev_parts = 1 must be divisible by the 8 devices of pmap"):
         train_run(gan_config(**{"sharding.mode": "pmap"}), tmp_path / "run")
+
+
+def test_a_note_says_where_devices_send_each_other_features(tmp_path, capsys):
+    eight = make_mesh(ShardingConfig())
+    for parts, mesh, told in ((1, eight, True), (4, eight, True), (8, eight, False), (1, ONE, False)):
+        open_run(gan_config(**{"progressive_gan.stddev_parts": parts}), tmp_path, mesh)
+        error = capsys.readouterr().err
+        note = f"note: config.progressive_gan.stddev_parts = {parts} is no multiple of the 8 devices"
+        assert error.startswith(note) and error.count("\n") == 1 if told else error == ""
 
 
 def test_what_a_gan_cannot_do():
