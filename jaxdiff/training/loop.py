@@ -19,6 +19,7 @@ from jaxdiff.config import Config, TrainingConfig
 from jaxdiff.progress import progress_bar
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
 from jaxdiff.training.log import MetricsLog, read_metrics, save_curve
+from jaxdiff.training.maintenance import maintenance_is_sigterm
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxdiff.training.processes import is_first, noticing_a_loss
 from jaxdiff.training.sharding import Runner, make_runner, state_shardings
@@ -182,7 +183,12 @@ def train(
     programs = Programs(stages, runner_of, batches, target, run_key)
     stopped = None
     try:
-        with noticing_a_loss(), stop_signals() as stop, contextlib.closing(batches(start)) as source:
+        with (
+            noticing_a_loss(),
+            stop_signals() as stop,
+            maintenance_is_sigterm(),
+            contextlib.closing(batches(start)) as source,
+        ):
             for step in range(start, config.num_steps):
                 number = stage_at(stages, step)
                 entered = run.enter(stages[number])

@@ -17,9 +17,11 @@ from jaxdiff.files import write_text
 from jaxdiff.tasks.make import make_task
 from jaxdiff.tasks.run import load_run
 from jaxdiff.tasks.train import train_run
+from jaxdiff.training import maintenance
 from jaxdiff.training.checkpoints import Checkpoints, abstract_state
 from jaxdiff.training.loop import NonFiniteLossError
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh
+from tests.metadata_server import metadata_server
 from tests.tiny import tiny_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -100,15 +102,21 @@ def test_metrics_after_a_resume_have_every_step_once(straight):
     assert all(np.isfinite(record["loss"]) for record in records if "loss" in record)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(straight, tmp_path):
+@pytest.mark.parametrize("told_by", ["signal", "Google Cloud"])
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, monkeypatch, told_by):
     config = tiny_config(**FORTY | {"training.num_steps": 100_000, "training.checkpoint_every": 100_000})
-    workdir = tmp_path / "run"
-    process = start(config, workdir)
-    wait_for(workdir / "metrics.jsonl", process, workdir)
-    while not (workdir / "metrics.jsonl").stat().st_size:
-        time.sleep(0.005)
-    process.terminate()
-    assert process.wait(120) == 3, log_of(workdir).read_text()
+    workdir, answers = tmp_path / "run", {"maintenance-event": "NONE"}
+    with metadata_server(answers) as (host, _):
+        monkeypatch.setenv(maintenance.HOST, host)
+        process = start(config, workdir)
+        wait_for(workdir / "metrics.jsonl", process, workdir)
+        while not (workdir / "metrics.jsonl").stat().st_size:
+            time.sleep(0.005)
+        if told_by == "signal":
+            process.terminate()
+        else:
+            answers["maintenance-event"] = "TERMINATE_ON_HOST_MAINTENANCE"
+        assert process.wait(120) == 3, log_of(workdir).read_text()
     assert "SIGTERM: stopping after this step" in log_of(workdir).read_text()
     step, _ = final_state(config, workdir)
     assert 10 <= step < 100_000
