@@ -8,6 +8,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 import typing
 from collections.abc import Iterator
 from typing import Any
@@ -116,13 +117,15 @@ def _config_path(argv: list[str]) -> pathlib.Path | None:
             named.append(here.split("=", 1)[1])
     if len(named) > 1:
         raise ConfigError(f"--config is given more than once ({' and '.join(named)}): give one config file")
-    return pathlib.Path(named[0]) if named else None
+    return pathlib.Path(named[0].split(":", 1)[0]) if named else None  # file.py:text is get_config(text) of file.py
 
 
 def _explain(error: Exception, argv: list[str], path: pathlib.Path) -> str:
     """What absl and config_flags complain about, as a line; config_flags names only the part of a key that is wrong."""
     if isinstance(error, OSError | SyntaxError):
         return f"{path}: {error}"
+    if said := _said_by_the_file(error, path):
+        return f"{path}: {said}"
     message = str(error.args[0]) if error.args else type(error).__name__
     if isinstance(error, flags.Error):
         return message
@@ -133,6 +136,24 @@ def _explain(error: Exception, argv: list[str], path: pathlib.Path) -> str:
         if name.startswith("config.") and any(f"'{part}" in message for part in name.split(".")[1:]):
             return f"unknown config key {name}{hint}"
     return f"{path}: {message}"
+
+
+def _said_by_the_file(error: BaseException | None, path: pathlib.Path) -> str | None:
+    """What the user's file raised, with its line: config_flags puts a whole traceback in its place."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if pathlib.Path(frame.filename).absolute() == path.absolute()]
+        if lines:
+            told = (
+                error.args[0] if error.args and isinstance(error.args[0], Exception) else error
+            )  # ml_collections does so
+            message = str(told.args[0]) if isinstance(told, KeyError) and told.args else str(told)
+            message = re.sub(r'Other fields present: ".*"(?=\nDid)', "", message, flags=re.DOTALL)  # pages of them
+            return f"line {lines[-1]}: {type(error).__name__}: {message[:500]}"
+        wrapper, error = error, error.__context__
+        if str(wrapper).startswith("Error whilst parsing config file"):
+            return _said_by_the_file(error, path) or str(error)
+    return None
 
 
 def add_process_flags(parser: argparse.ArgumentParser) -> None:

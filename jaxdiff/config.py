@@ -353,6 +353,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(f"config.{name} = {value!r} must be of type {hint.__name__}, not {type(value).__name__}")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ConfigError(f"config.{name} = {ascii(value)} must be text (UTF-8), or config.json could not be read back")
     return value
 
 

@@ -69,6 +69,7 @@ KEYS = [
     ("training.checkpoint_every=-5", "config.training.checkpoint_every = -5 must be at least 1"),
     ("training.sample_every=-1", "config.training.sample_every = -1 must not be negative"),
     ("training.keep_checkpoints=0", "config.training.keep_checkpoints = 0 must be at least 1"),
+    ("data.dir=photos/\udcff", r"config.data.dir = 'photos/.udcff' must be text .UTF-8."),
     ("data.source=digist", "unknown data source 'digist': there are .*did you mean digits"),
     ("data.source=folder", "config.data: data source 'folder' needs the folder it lies in .data.dir."),
     ("data.split=tset", "config.data: digits has the splits train, nine_tenths, tenth, and no 'tset'"),
@@ -132,6 +133,13 @@ KEYS = [
     ("task=progressive_gan --config.data.image_size=12", "config.data.image_size = 12 must be one of 4, 8, 16"),
 ]
 
+
+def raising(statement: str) -> Callable[[pathlib.Path], Any]:
+    """A config file whose function does this."""
+    return lambda p: (p / "bad.py").write_text(f"def get_config(text=''):\n    {statement}\n")
+
+
+MISSPELT = "from jaxdiff.config import default_config as new; config = new(); config.modl = 3"
 TRAIN = [
     Row("train", "--config is missing: give a config file, such as"),
     Row("train --config", "--config"),
@@ -159,6 +167,20 @@ TRAIN = [
         lambda p: (p / "bad.py").write_text("def get_config():\n    return 3\n"),
     ),
     Row("train --config=image.png", "image.png"),
+    Row("train --config=bad.py", "bad.py: line 2: ValueError: too small$", raising("raise ValueError('too small')")),
+    Row("train --config=bad.py:3", "bad.py: line 2: ValueError: too small$", raising("raise ValueError('too small')")),
+    Row(
+        "train --config=bad.py:x",
+        "bad.py: line 2: JSONDecodeError: Expecting",
+        raising("__import__('json').loads(text)"),
+    ),
+    Row("train --config=bad.py", 'line 2: .*locked. Did you mean "model" instead of "modl".$', raising(MISSPELT)),
+    Row("train --config=bad.py:x", "bad.py: line 2: KeyError: x$", raising("return {}[text]")),
+    Row(
+        f"train --config={ROOT}/configs/digits.py:x",
+        "digits.py: get_config.. takes 0 positional arguments but 1 was given$",
+    ),
+    Row("train --config=nothing.py:x", "--config nothing.py: no such file"),
     Row("encode --config=DIGITS", "--out is missing"),
     Row("encode --config=DIGITS --out=x", "config.autoencoder is empty"),
     Row("encode --config=DIGITS --out", "--out is missing"),
@@ -654,6 +676,9 @@ MODELS = [
         "photos is no tokenizer: it has no vocab.json",
     ),
     Row(SD + " --label 3", "this model reads text: ask by --prompt, not by --label"),
+    Row(SD + " --attention cudnn --dtype bfloat16", "attention cudnn: it needs an NVIDIA GPU .*, not cpu: use auto"),
+    Row(SD + " --attention flash", "--attention: invalid choice: 'flash'"),
+    Row("sample --workdir run --attention xla", "--attention goes with --model, and a run has its own"),
     Row(SD + " --prediction w", "prediction 'w': must be one of noise, v, x0"),
     Row(SD + " --variant fp8", "there is no .*fp8.safetensors"),
     Row(SD + " --height 17", "--height 17: this model makes images of multiples of 2 pixels"),
