@@ -20,6 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from jaxdiff.training.checksums import NAME as CHECKSUMS
 from jaxdiff.training.checksums import find_damage, write_checksums
 from jaxdiff.training.processes import is_first
 
@@ -166,6 +167,7 @@ class Checkpoints:
                     raise self._not_now(left[-1], error) from error
                 if reason is None:
                     chosen = left[-1]
+                    self._tell_of_no_checksums(chosen)
                     break
                 damaged[left[-1]] = reason
             else:
@@ -179,6 +181,11 @@ class Checkpoints:
                 "or give another --workdir"
             )
         return None if chosen == none else chosen
+
+    def _tell_of_no_checksums(self, step: int) -> None:
+        folder = self.folder / str(step)
+        if not (folder / CHECKSUMS).exists():
+            print(f"note: checkpoint {folder} has no {CHECKSUMS}: it is read without a check", file=sys.stderr)
 
     def _not_now(self, step: int, error: BaseException) -> ReadError:
         return ReadError(

@@ -20,6 +20,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from jaxdiff.config import ConfigError
+from jaxdiff.files import parse_json
 from jaxdiff.training.processes import is_first
 
 NAME = "lock"
@@ -93,12 +94,13 @@ def _is_held(descriptor: int) -> bool:
 
 
 def _read(descriptor: int) -> dict[str, Any]:
-    """Who wrote the file; empty where nobody did, or not to the end."""
+    """Who wrote the file; empty where nobody did, or not to the end, or what is no record of a process."""
     try:
-        holder = json.loads(os.pread(descriptor, 4096, 0))
+        holder = parse_json(os.pread(descriptor, 4096, 0))
     except ValueError:
         return {}
-    return holder if isinstance(holder, dict) else {}
+    number = holder.get("pid") if isinstance(holder, dict) else None
+    return holder if isinstance(number, int) and 0 < number < 2**31 else {}
 
 
 def _told(holder: dict[str, Any]) -> str:
@@ -112,7 +114,7 @@ def _is_over(holder: dict[str, Any]) -> bool:
         return True
     if holder.get("host") != socket.gethostname():
         return False
-    if holder.get("boot") != _boot() or not isinstance(holder.get("pid"), int):
+    if holder.get("boot") != _boot():
         return True
     try:
         os.kill(holder["pid"], 0)

@@ -76,6 +76,19 @@ def test_a_record_that_was_not_written_to_its_end_is_no_holder(tmp_path, no_lock
         pass
 
 
+@pytest.mark.parametrize("pid", [10**20, 2**31, 0, -1, "1", None, 1.0])
+def test_what_is_no_number_of_a_process_is_no_holder(tmp_path, no_locks, pid):
+    write_holder(tmp_path, pid=pid)
+    with holding(tmp_path):
+        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+
+
+def test_a_record_that_is_nested_too_deeply_is_no_holder(tmp_path, no_locks):
+    (tmp_path / "lock").write_text("[" * 100_000)
+    with holding(tmp_path):
+        pass
+
+
 def test_without_locks_the_living_are_respected(tmp_path, no_locks):
     write_holder(tmp_path)
     with pytest.raises(ConfigError, match=rf"process {os.getppid()} on host {socket.gethostname()}"), holding(tmp_path):
