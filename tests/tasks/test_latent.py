@@ -19,7 +19,7 @@ from jaxdiff.tasks import latents
 from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.tasks.first_stage import CONFIG, TENSORS, load_first_stage, save_first_stage
 from jaxdiff.tasks.latents import encode_data, moments
-from jaxdiff.tasks.run import load_run
+from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.text_model import keep_text_model, load_text_model
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.loop import init_sharded
@@ -27,6 +27,7 @@ from jaxdiff.training.sharding import make_mesh, make_runner
 from jaxdiff.weights.names import text_encoder_rules, to_theirs
 from jaxdiff.weights.tensors import write_tensors
 from jaxdiff.weights.tokenizer import train_tokenizer
+from tests.generation.gaussian_model import left_half, pictures
 from tests.tiny import tiny_batch, tiny_config
 
 MODEL = AutoencoderKL(1, 2, channels=8, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=2)
@@ -354,6 +355,26 @@ def one_file(tokenizer):
     (tokenizer / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary, "merges": merges}}))
     for name in ("vocab.json", "merges.txt"):
         (tokenizer / name).unlink()
+
+
+def test_a_run_in_latents_that_reads_text_changes_images(folder):
+    """Where the mask is black nothing moves, the prompt says what comes where it is white, and strength how much of it."""
+    tokenizer = train_tokenizer(CAPTIONS, 560, 12)
+    small = {"text.width": 16, "text.num_layers": 1, "text.num_heads": 2, "text.context_length": 12}
+    config = latent_config(folder, **TEXT | small | {"data.channels": 1})
+    task = DiffusionTask(config, tokenizer, first_stage=load_first_stage(folder))
+    params = random_like(jax.jit(task.init)(jax.random.key(0)), 1, 0.1)
+    run = Run(task, task.whole(params), 0, (), tuple(CAPTIONS))
+    images, mask = pictures(2), left_half()
+    kept = mask[..., 0] == 0
+    found = run.inpaint(images, mask, [4, 5], CAPTIONS)
+    np.testing.assert_array_equal(found[:, kept], images[:, kept])
+    np.testing.assert_array_equal(run.inpaint(images[1], mask, [5], CAPTIONS[1:])[0], found[1])
+    assert not np.array_equal(run.inpaint(images, mask, [4, 5], CAPTIONS[::-1])[:, ~kept], found[:, ~kept])
+    still = run.image_to_image(images, [4, 5], CAPTIONS, strength=0.0)
+    np.testing.assert_array_equal(run.image_to_image(images, [4, 5], CAPTIONS[::-1], strength=0.0), still)
+    changed = run.image_to_image(images, [4, 5], CAPTIONS, strength=0.75)
+    assert not np.array_equal(run.image_to_image(images, [4, 5], CAPTIONS[::-1], strength=0.75), changed)
 
 
 @pytest.mark.parametrize("layout", [no_settings, one_file])
