@@ -185,7 +185,9 @@ def _text_keys(features: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Where the caption is: a text, the first of a list of texts, or of a list of entries with a text, as COCO's."""
     import tensorflow_datasets as tfds
 
-    texts = [(key,) for key in TEXT_FEATURES if isinstance(features.get(key), tfds.features.Text)]
+    texts: list[tuple[str, ...]] = [
+        (key,) for key in TEXT_FEATURES if isinstance(features.get(key), tfds.features.Text)
+    ]
     lists = [key for key in LISTS_OF_TEXTS if type(features.get(key)) is tfds.features.Sequence]
     for key in lists:
         inner = features[key].feature
