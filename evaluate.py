@@ -20,6 +20,7 @@ to make it again; evaluation.png shows images and, for `is`, their classes. Scor
 """
 
 import argparse
+import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -42,8 +43,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
         "evaluate.py", description=usage, epilog=text, formatter_class=formatter, allow_abbrev=False
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workdir", help="score samples of this run")
-    what.add_argument("--images", help="score these images")
+    what.add_argument("--workdir", type=os.path.expanduser, help="score samples of this run")
+    what.add_argument("--images", type=os.path.expanduser, help="score these images")
     what.add_argument("--make_reference", action="store_true", help="write the statistics of --data to --out")
     parser.add_argument("--metrics", default="fid,is", help="of the names below (default fid,is)")
     parser.add_argument("--num", type=int, help="how many (default: 5000 samples; swd 16384, bpd 256; else all)")
@@ -53,7 +54,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--data_dir", help="where data sources lie, such as TFDS's data_dir")
     parser.add_argument("--split", help="of a data source (default train; bpd: test where there is one)")
     parser.add_argument("--image_size", type=int, help="cut images of folders and data sources to this many pixels")
-    parser.add_argument("--out", help="with --make_reference: the .npz to write; else the folder for results")
+    parser.add_argument(
+        "--out", type=os.path.expanduser, help="with --make_reference: the .npz to write; else the folder for results"
+    )
     command_line.add_score_flags(parser)
     command_line.add_process_flags(parser)
     command_line.add_sampling_flags(parser.add_argument_group("sampling, with --workdir (defaults: the run's own)"))

@@ -28,6 +28,7 @@ those made. --truncation keeps the numbers of the latents near 0: less variety.
 """
 
 import argparse
+import os
 import sys
 
 from jaxdiff.command_line import (
@@ -68,8 +69,10 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--negative_prompt", default="", help="what guidance leads away from (default: no text)")
     add_image_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the first image (default 0)")
-    parser.add_argument("--out", default="samples", help="folder for the PNG files (default samples/)")
-    parser.add_argument("--npz", help="write one .npz file instead of PNG files")
+    parser.add_argument(
+        "--out", type=os.path.expanduser, default="samples", help="folder for the PNG files (default samples/)"
+    )
+    parser.add_argument("--npz", type=os.path.expanduser, help="write one .npz file instead of PNG files")
     add_sampling_flags(parser)
     add_process_flags(parser)
     return parser.parse_args(argv)

@@ -97,7 +97,7 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
     if helping:
         print(f"\nkeys of {path}, to be changed by --config.<key>=<value>:\n{config}")
         sys.exit(0)
-    workdir = values["workdir"].value or f"runs/{path.stem}"
+    workdir = os.path.expanduser(values["workdir"].value or f"runs/{path.stem}")  # of --workdir=~/x no shell does it
     if "://" in workdir:
         raise ConfigError(
             f"--workdir {workdir}: it must be a folder; mount the bucket (docs/several_hosts.md) and name that"
@@ -291,7 +291,9 @@ def add_score_flags(parser: argparse.ArgumentParser) -> None:
         choices=EXTRACTORS,
         help="default with --workdir: the run's config.evaluation.extractor; else, or with --weights, inception",
     )
-    group.add_argument("--weights", help="file of the inception network's weights (default: downloaded once)")
+    group.add_argument(
+        "--weights", type=os.path.expanduser, help="file of the inception network's weights (default: downloaded once)"
+    )
     group.add_argument("--precision", choices=PRECISIONS, default="float32", help="default float32")
     group.add_argument("--extract_batch", type=int, default=16, help="images that a device looks at at a time")
     group = parser.add_argument_group("scores")

@@ -9,6 +9,9 @@ import time
 import numpy as np
 import pytest
 
+import evaluate
+import sample
+from jaxdiff import export
 from jaxdiff.command_line import config_from_flags, one_line_errors
 from jaxdiff.config import ConfigError
 from jaxdiff.training.checkpoints import ReadError
@@ -102,6 +105,19 @@ def test_help_is_worth_reading(command):
     result = run(command, "--help")
     assert result.returncode == 0
     assert "--workdir" in result.stdout and f"python {command}" in result.stdout
+
+
+def test_a_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config, workdir = config_from_flags(["train.py", f"--config={DIGITS}", "--workdir=~/x"], "usage")
+    assert workdir == tmp_path / "x"
+    args = sample.parse_args(["--workdir=~/x", "--out=~/y", "--npz=~/z", "--init_image=~/i", "--mask_image=~/m"])
+    given = [args.workdir, args.out, args.npz, args.init_image, args.mask_image]
+    assert given == [str(tmp_path / name) for name in "xyzim"]
+    args = evaluate.parse_args(["--workdir=~/x", "--out=~/y", "--weights=~/z"])
+    assert [args.workdir, args.out, args.weights] == [str(tmp_path / name) for name in "xyz"]
+    assert evaluate.parse_args(["--images=~/i"]).images == str(tmp_path / "i")
+    assert export.parse_args(["--workdir=~/x", "--out=o"]).workdir == str(tmp_path / "x")
 
 
 def test_one_line_errors_keeps_bugs_visible():

@@ -1,6 +1,7 @@
 """What the flags of sample.py ask of a model: labels or prompts, images to begin from, masks, the way between two images."""
 
 import argparse
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -46,14 +47,22 @@ class Asked(NamedTuple):
 def add_image_flags(parser: argparse.ArgumentParser) -> None:
     """The flags for images made from others."""
     parser.add_argument(
-        "--init_image", metavar="FILE", help="image to begin from, scaled and cropped to the model's size"
+        "--init_image",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="image to begin from, scaled and cropped to the model's size",
     )
     parser.add_argument(
         "--strength",
         type=float,
         help=f"0 to 1: how far from it (default {IMAGE_STRENGTH}; 1 with a mask)",
     )
-    parser.add_argument("--mask_image", metavar="FILE", help="what of it to make anew (white) and to keep (black)")
+    parser.add_argument(
+        "--mask_image",
+        type=os.path.expanduser,
+        metavar="FILE",
+        help="what of it to make anew (white) and to keep (black)",
+    )
     parser.add_argument(
         "--interpolate", type=int, metavar="N", help="N images on the way to the next seed, or between two prompts"
     )
@@ -61,7 +70,7 @@ def add_image_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_model_flags(parser: argparse.ArgumentParser, dry_run: bool = True) -> None:
     """The flags for the model: a run, or a Stable Diffusion checkpoint and how to take it."""
-    parser.add_argument("--workdir", help="a run's folder, as train.py printed it")
+    parser.add_argument("--workdir", type=os.path.expanduser, help="a run's folder, as train.py printed it")
     parser.add_argument(
         "--model", metavar="PATH", help="or Stable Diffusion 1.x or 2.x: a folder or a .safetensors file"
     )
