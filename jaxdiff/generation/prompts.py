@@ -26,6 +26,8 @@ def request(tokenizer: Tokenizer, prompts: Sequence[str], negative: str = "") ->
         away, cut_away = tokens_of(tokenizer, [negative])
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    for note in (cut + cut_away)[:1]:
-        print(f"note: {note}", file=sys.stderr)
+    notes = list(dict.fromkeys(cut + cut_away))  # images in turn are asked for by the same prompts
+    if notes:
+        others = f" (and {len(notes) - 1} more prompts were cut)" * (len(notes) > 1)
+        print(f"note: {notes[0]}{others}", file=sys.stderr)
     return {"tokens": tokens, "negative": np.repeat(away, len(prompts), axis=0)}

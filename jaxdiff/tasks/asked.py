@@ -17,6 +17,7 @@ from jaxdiff.generation.inputs import read_image
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.generation.pipelines import IMAGE_STRENGTH, blend_request, condition_of, edit_request
 from jaxdiff.generation.sampling import first_step
+from jaxdiff.tasks.attending import ATTENTIONS
 from jaxdiff.tasks.run import Run, load_run
 from jaxdiff.tasks.stable_diffusion import DTYPES, StableDiffusion, open_stable_diffusion
 from jaxdiff.training.processes import is_first
@@ -27,6 +28,7 @@ OF_MODELS = (
     "prediction",
     "variant",
     "dtype",
+    "attention",
     "lora",
     "lora_scale",
     "height",
@@ -85,6 +87,9 @@ def add_model_flags(parser: argparse.ArgumentParser, dry_run: bool = True) -> No
     parser.add_argument("--height", type=int, help="of images of --model (default: what it was trained for)")
     parser.add_argument("--width", type=int)
     if dry_run:
+        parser.add_argument(
+            "--attention", choices=ATTENTIONS, help="of --model: whose; auto (the default): cudnn where it can be"
+        )
         parser.add_argument("--dry_run", action="store_true", help="of --model: print what it takes, and make nothing")
 
 
@@ -107,13 +112,15 @@ def open_model(args: argparse.Namespace) -> Run | StableDiffusion:
     if (args.workdir is None) == (args.model is None):
         raise ConfigError("give either --workdir (a run) or --model (a Stable Diffusion checkpoint)")
     if args.model is None:
-        given = [name for name in OF_MODELS if getattr(args, name) is not None] + ["dry_run"] * args.dry_run
+        given = [name for name in OF_MODELS if getattr(args, name, None) is not None] + ["dry_run"] * args.dry_run
         if given:
             raise ConfigError(f"--{given[0]} goes with --model, and a run has its own")
         return load_run(args.workdir)
     if args.lora is None and args.lora_scale is not None:
         raise ConfigError("--lora_scale says how much of a LoRA to take: give that with --lora")
     how = {name: getattr(args, name) for name in ("variant", "tokenizer", "prediction")}
+    # A program that is exported is for every platform.
+    how["attention_implementation"] = (args.attention or "auto") if hasattr(args, "attention") else "xla"
     model = _sized(open_stable_diffusion(args.model, dtype=args.dtype or DTYPES[0], **how), args.height, args.width)
     if args.lora is None:
         return model

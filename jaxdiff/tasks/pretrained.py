@@ -100,19 +100,20 @@ def open_pretrained(config: Config, workdir: pathlib.Path | None = None) -> Pret
             model.pretrained,
             tokenizer=tokenizer,
             prediction=model.pretrained_prediction or None,
-            attention_implementation=None
-            if model.attention_implementation == "auto"
-            else model.attention_implementation,
+            attention_implementation="xla",
         )
     except ConfigError as error:
         known = workdir is not None and (workdir / KEPT).is_file()
         moved = f"; the run in {workdir} begins from it: if it has moved, say so in {workdir}/config.json (model.pretrained)"
         raise ConfigError(f"config.model.pretrained: {error}{moved * known}") from error
     dtype, param_dtype = jnp.dtype(model.dtype), jnp.dtype(model.param_dtype)
+    attention = None if model.attention_implementation == "auto" else model.attention_implementation
+    how: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "attention_implementation": attention}
     networks = dataclasses.replace(
         opened.networks,
-        unet=opened.networks.unet.clone(dtype=dtype, param_dtype=param_dtype, dropout=model.dropout, remat=model.remat),
-        text_encoder=opened.networks.text_encoder.clone(dtype=dtype, param_dtype=param_dtype),
+        unet=opened.networks.unet.clone(dropout=model.dropout, remat=model.remat, **how),
+        autoencoder=opened.networks.autoencoder.clone(attention_implementation=None),
+        text_encoder=opened.networks.text_encoder.clone(**how),
     )
     return Pretrained(dataclasses.replace(opened, networks=networks, params=networks.shapes()))
 

@@ -22,11 +22,11 @@ from jaxdiff.generation.foreign_schedule import CLASSES, PREDICTION_TYPES, own_s
 from jaxdiff.generation.image_model import ImageModel, Known, Request
 from jaxdiff.generation.pipelines import make_images
 from jaxdiff.generation.sampling import AS_FILED, OTHER_SAMPLER, filed_sampler, make_recipe, sampler_of
-from jaxdiff.models.attention import AttentionImplementation
 from jaxdiff.models.lora import merge
 from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
 from jaxdiff.models.vae import AutoencoderKL
+from jaxdiff.tasks.attending import Attention, attention_of
 from jaxdiff.tasks.first_stage import FirstStage, autoencoder_from_config, scale_and_shift
 from jaxdiff.tasks.memory import check_room
 from jaxdiff.tasks.text_model import text_encoder_from_config
@@ -250,7 +250,11 @@ class StableDiffusion:
         check_room(placed, mesh.local_devices[0], len(mesh.local_devices))
         params = {}
         for part, component in PARTS.items():
-            params[part] = self._adapted(part, load_params(self.checkpoint, component, placed[part]))
+            try:
+                loaded = load_params(self.checkpoint, component, placed[part])
+            except (OSError, ValueError) as error:  # the file is not what it was when it was opened
+                raise ConfigError(str(error)) from error
+            params[part] = self._adapted(part, loaded)
         return dataclasses.replace(self, params=params)
 
     def _adapted(self, part: str, params: Params) -> Params:
@@ -300,6 +304,7 @@ def load_stable_diffusion(
     prediction: str | None = None,
     lora: str | pathlib.Path | None = None,
     lora_scale: float = 1.0,
+    attention_implementation: Attention = "auto",
 ) -> StableDiffusion:
     """Open Stable Diffusion 1.x or 2.x, inpainting variants too: a folder in diffusers' layout, or a .safetensors file.
 
@@ -308,9 +313,17 @@ def load_stable_diffusion(
     lies beside it, or else CLIP's own, whose vocabulary is downloaded once.
     prediction: "noise", "v" or "x0", where the checkpoint does not say, or says it wrongly.
     lora: a LoRA file, in kohya's naming or that of diffusers, merged into the parameters times lora_scale.
+    attention_implementation: "xla", "cudnn" (NVIDIA GPUs, 16 bits) or "auto": cuDNN's where it can be. "xla" to export a sampler.
     Raises ConfigError with one line that names what is missing, damaged or not supported.
     """
-    opened = open_stable_diffusion(path, variant=variant, dtype=dtype, tokenizer=tokenizer, prediction=prediction)
+    opened = open_stable_diffusion(
+        path,
+        variant=variant,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        prediction=prediction,
+        attention_implementation=attention_implementation,
+    )
     return (opened if lora is None else opened.with_lora(lora, lora_scale)).load(mesh)
 
 
@@ -321,11 +334,12 @@ def open_stable_diffusion(
     dtype: DType = "float32",
     tokenizer: str | pathlib.Path | Tokenizer | None = None,
     prediction: str | None = None,
-    attention_implementation: AttentionImplementation = None,
+    attention_implementation: Attention = "auto",
 ) -> StableDiffusion:
     """As `load_stable_diffusion`, but no tensor is read yet: `params` are shapes, and `load` fills them."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    attention = attention_of(attention_implementation, dtype)
     try:
         checkpoint = open_checkpoint(path, variant)
     except (OSError, ValueError) as error:
@@ -334,7 +348,7 @@ def open_stable_diffusion(
     if prediction is not None:
         scheduler["prediction_type"] = _prediction_type(prediction)
     dtypes: dict[str, Any] = {"dtype": jnp.dtype(dtype), "param_dtype": jnp.dtype(dtype)}
-    dtypes["attention_implementation"] = attention_implementation
+    dtypes["attention_implementation"] = attention
     try:
         networks = Networks(
             unet_from_config(configs["unet"]).clone(**dtypes),

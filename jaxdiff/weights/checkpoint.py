@@ -83,7 +83,8 @@ class Checkpoint:
 def open_checkpoint(path: str | pathlib.Path, variant: str | None = None) -> Checkpoint:
     """Say what is at a path: a folder with a model_index.json, or a .safetensors file.
 
-    variant: of a folder's files ("fp16"); None takes the full ones where they are, else the halves.
+    variant: of a folder's files ("fp16"), for those components that have it; None takes the full ones where they are, else the
+    halves.
     Raises FileNotFoundError, or ValueError with one line that names the file and what is wrong or not supported.
     """
     path = pathlib.Path(path).expanduser()
@@ -175,10 +176,13 @@ def _open_folder(path: pathlib.Path, variant: str | None) -> Checkpoint:
     configs: dict[str, Config] = {}
     tensors: dict[str, dict[str, StoredTensor]] = {}
     rules: dict[str, list[Rule]] = {}
+    plain = [part for part in COMPONENTS if not _tensor_file(path / part, TENSORS[part], variant)]
+    plain = plain if variant and len(plain) < len(COMPONENTS) else []  # a variant that nothing has is refused
     for component in COMPONENTS:
         if not (path / component).is_dir():
             raise ValueError(f"{path}: {INDEX} says {name}, but there is no folder {component}/")
-        configs[component], tensors[component] = open_component(path / component, component, variant)
+        wanted = None if component in plain else variant
+        configs[component], tensors[component] = open_component(path / component, component, wanted)
         try:
             rules[component] = component_rules(component, configs[component])
         except ValueError as error:
@@ -189,8 +193,9 @@ def _open_folder(path: pathlib.Path, variant: str | None) -> Checkpoint:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     family = f"Stable Diffusion {2 if configs['unet'].get('use_linear_projection') else 1}{inputs}"
-    tokenizer = path / TOKENIZER
-    return Checkpoint(path, "folder", family, configs, tensors, rules, tokenizer if tokenizer.is_dir() else None)
+    notes = (f"the variant {variant} is not there of {' and '.join(plain)}: another is taken",) if plain else ()
+    tokenizer = path / TOKENIZER if (path / TOKENIZER).is_dir() else None
+    return Checkpoint(path, "folder", family, configs, tensors, rules, tokenizer, notes)
 
 
 def _open_file(path: pathlib.Path) -> Checkpoint:
@@ -238,16 +243,20 @@ def _global_step(stored: Mapping[str, StoredTensor]) -> int | None:
 def _find_tensors(folder: pathlib.Path, stem: str, variant: str | None) -> dict[str, StoredTensor]:
     """The tensors of a folder: one file, or several that an index names."""
     for wanted in (variant,) if variant else VARIANTS:
-        part = f".{wanted}" if wanted else ""
-        if (whole := folder / f"{stem}{part}.safetensors").is_file():
-            return open_tensors(whole)
-        if (index := folder / f"{stem}.safetensors.index{part}.json").is_file():
-            return _open_shards(index)
+        if file := _tensor_file(folder, stem, wanted):
+            return _open_shards(file) if file.suffix == ".json" else open_tensors(file)
     there = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     expected = f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
     if (pickles := [name for name in there if name.endswith(PICKLES)]) and not any("safetensors" in n for n in there):
         raise ValueError(f"{folder}: it holds {pickles[0]} and no {expected}; {SAFE_WAY}")
     raise ValueError(f"{folder}: there is no {expected}, only {shortened(there) or 'nothing'}")
+
+
+def _tensor_file(folder: pathlib.Path, stem: str, variant: str | None) -> pathlib.Path | None:
+    """The file of a variant, or the index of its shards."""
+    part = f".{variant}" if variant else ""
+    files = folder / f"{stem}{part}.safetensors", folder / f"{stem}.safetensors.index{part}.json"
+    return next((file for file in files if file.is_file()), None)
 
 
 def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:

@@ -346,13 +346,27 @@ def test_components_that_are_not_there_or_make_no_sense(spoiled):
     refused(spoiled, "there is no diffusion_pytorch_model.safetensors, only config.json, other.safetensors")
     os.rename(unet / "other.safetensors", unet / "diffusion_pytorch_model.fp16.safetensors")
     open_checkpoint(spoiled)
-    refused(spoiled, "text_encoder: there is no|vae: there is no", variant="fp16")
+    refused(spoiled, "unet: there is no diffusion_pytorch_model.bf16.safetensors", variant="bf16")
     (unet / "config.json").unlink()
     refused(spoiled, "config.json: there is no such file")
     for file in unet.iterdir():
         file.unlink()
     unet.rmdir()
     refused(spoiled, "model_index.json says StableDiffusionPipeline, but there is no folder unet/")
+
+
+def test_a_variant_of_the_unet_alone_is_taken_with_the_other_parts_plain(spoiled):
+    """Published folders have their U-Net without averaging as non_ema, and nothing else; diffusers takes them so, too."""
+    plain = spoiled / "unet" / "diffusion_pytorch_model.safetensors"
+    other = {name: tensor + 1 for name, tensor in load_file(plain).items()}
+    save_file(other, spoiled / "unet" / "diffusion_pytorch_model.non_ema.safetensors")
+    whole, found = open_checkpoint(spoiled), open_checkpoint(spoiled, "non_ema")
+    name = min(other)
+    np.testing.assert_array_equal(found.tensors["unet"][name].read(), other[name])
+    assert not np.array_equal(whole.tensors["unet"][name].read(), other[name])
+    assert found.tensors["vae"] == whole.tensors["vae"] and whole.notes == ()
+    assert found.notes == ("the variant non_ema is not there of vae and text_encoder: another is taken",)
+    refused(spoiled, "unet: there is no diffusion_pytorch_model.fp8.safetensors", variant="fp8")
 
 
 def test_shards_and_variants(spoiled):
