@@ -10,7 +10,7 @@
 --workdir DIR           where everything goes (default: runs/<name of the config file>)
 --dry_run               train nothing: print what a step takes (operations, memory, traffic), and whether it fits; the only file
                         written is first_batch.png in the workdir
---target SLICE          of --dry_run: for TPUs that you need not have, such as v5e:2x4 (docs/preflight.md)
+--target SLICE          a --dry_run for TPUs that you need not have, such as v5e:2x4 (docs/preflight.md)
 --profile               also write a trace of a few steps into the workdir, for Perfetto or TensorBoard
 --coordinator HOST:PORT --process_id I --num_processes N
                         on several hosts: the same command on each, with its number (docs/several_hosts.md)

@@ -175,10 +175,10 @@ def process_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         args, left = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise ConfigError(f"{error.argument_name}: {error.message}") from error
-    if args.target is not None and not args.dry_run:
-        raise ConfigError(
-            f"--target {args.target} goes with --dry_run: it says for what to compile, and trains nothing"
-        )
+    args.dry_run = args.dry_run or args.target is not None
+    if args.dry_run and args.profile:
+        what = "--dry_run" if args.target is None else f"--target {args.target}"
+        raise ConfigError(f"--profile writes a trace of training steps, and {what} takes none: leave out one of them")
     return args, left
 
 

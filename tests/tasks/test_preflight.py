@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 import train
+from jaxdiff.command_line import process_flags
 from jaxdiff.config import ConfigError, ShardingConfig
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.tasks import preflight as module
@@ -172,7 +173,9 @@ def test_a_missing_compiler_is_named(monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--target=v5e:2x4"], "error: --target v5e:2x4 goes with --dry_run"),
+        (["--target=v5e:2by4"], "error: --target v5e:2by4: must be a TPU slice"),  # which alone says --dry_run, too
+        (["--dry_run", "--profile"], "error: --profile writes a trace of training steps, and --dry_run takes none"),
+        (["--target=v5e:2x4", "--profile"], "error: --profile writes a trace of training steps, and --target v5e:2x4"),
         (["--dry_run", "--target=v5e:2by4"], "error: --target v5e:2by4: must be a TPU slice"),
         (["--dry_run", "--target"], "error: --target: expected one argument"),
         (
@@ -188,6 +191,12 @@ def test_a_wrong_command_is_one_line_and_writes_nothing(flags, message, monkeypa
         train.main()
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1 and error.startswith(message) and not workdir.exists()
+
+
+def test_a_target_means_a_dry_run():
+    args, rest = process_flags(["train.py", "--target=v5e:2x4"])
+    assert args.dry_run and args.target == "v5e:2x4" and rest == ["train.py"]
+    assert not process_flags(["train.py", "--profile"])[0].dry_run
 
 
 @pytest.mark.slow
