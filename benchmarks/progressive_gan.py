@@ -2,13 +2,14 @@
 
     pip install -e '.[peer]' && python benchmarks/progressive_gan.py
     python benchmarks/progressive_gan.py --resolutions 4 8 16 32 64 --base 8192 --most 512    # the paper's wide networks
+    python benchmarks/progressive_gan.py --together                                           # the order of CIFAR-10's recipe
     python benchmarks/progressive_gan.py --one_step 1024                                      # does the last stage fit?
 
 The peer is written as one writes it in PyTorch: the same networks, the same loss, channels first, nothing but torch's own layers.
 Both sides begin with the same parameters, and that they compute the same images, scores, penalty and gradients is checked before
 they take turns. float32, the same batch, in the middle of a fade. Printed are thousand images an hour of the fastest round, in
 brackets by processor time over the cores, which other programs on the machine disturb less; the ratios come last. Memory is
-what XLA plans (arguments and temporaries); on a GPU also each side's peak.
+what XLA plans for our step: both networks, average and moments, the batch, and temporaries; on a GPU also each side's peak.
 
 --one_step compiles the stage of so many pixels of the paper's networks, takes one step with one image, and prints what it took.
 """
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
     most: int
     latent: int
     gamma: float
+    together: bool = False  # both take their gradients of the same images before either moves
 
     def task(self) -> ProgressiveGANTask:
         """Ours, as `train.py` would make it."""
@@ -61,6 +63,7 @@ class Sizes(NamedTuple):
                     "model.num_classes": 0,
                     "progressive_gan.latent_dim": self.latent,
                     "progressive_gan.gamma": self.gamma,
+                    "progressive_gan.together": self.together,
                 },
                 **{"progressive_gan.channel_base": self.base, "progressive_gan.channel_max": self.most},
             }
@@ -248,7 +251,7 @@ def peer_penalty(critic: Any, mixed: Any, gamma: float) -> Any:
 
 
 def peer_step(sizes: Sizes, batch: int, networks: tuple[Any, Any], device: str) -> Callable[[np.ndarray], None]:
-    """The same step: discriminator, moving average, generator."""
+    """The same step: discriminator, moving average, generator; or both gradients first."""
     import copy
 
     import torch
@@ -260,26 +263,37 @@ def peer_step(sizes: Sizes, batch: int, networks: tuple[Any, Any], device: str) 
     g_optimizer = torch.optim.Adam(generator.parameters(), **adam)
     d_optimizer = torch.optim.Adam(discriminator.parameters(), **adam)
 
+    def fakes() -> Any:
+        return generator(torch.randn(batch, sizes.latent, device=device))
+
+    def faded(x: Any) -> Any:
+        coarse = functional.interpolate(functional.avg_pool2d(x, 2), scale_factor=2, mode="nearest")
+        return torch.lerp(coarse, x, ALPHA)
+
+    def learn_generator(x_fake: Any) -> None:
+        g_optimizer.zero_grad()
+        discriminator.requires_grad_(False)
+        (-discriminator(x_fake).mean()).backward()
+        discriminator.requires_grad_(True)
+
     def step(images: np.ndarray) -> None:
         x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
-        if sizes.resolution > 4:
-            x = torch.lerp(
-                functional.interpolate(functional.avg_pool2d(x, 2), scale_factor=2, mode="nearest"), x, ALPHA
-            )
-        with torch.no_grad():
-            x_fake = generator(torch.randn(batch, sizes.latent, device=device))
+        x = faded(x) if sizes.resolution > 4 else x
+        with torch.set_grad_enabled(sizes.together):
+            made = fakes()
+        x_fake = made.detach()
         weight = torch.rand(batch, 1, 1, 1, device=device)
         penalty = peer_penalty(discriminator, torch.lerp(x, x_fake, weight), sizes.gamma)
         real, fake = discriminator(x), discriminator(x_fake)
         d_optimizer.zero_grad()
         (fake - real + PENALTY * penalty + DRIFT * real**2).mean().backward()
+        if sizes.together:
+            learn_generator(made)
         d_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(generator.parameters()), 1 - EMA)
-        g_optimizer.zero_grad()
-        discriminator.requires_grad_(False)
-        (-discriminator(generator(torch.randn(batch, sizes.latent, device=device))).mean()).backward()
-        discriminator.requires_grad_(True)
+        if not sizes.together:
+            learn_generator(fakes())
         g_optimizer.step()
         if device != "cpu":
             torch.cuda.synchronize()
@@ -436,6 +450,9 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=128, help="... but no more (default: the paper's for CIFAR-10)")
     parser.add_argument("--latent", type=int, default=128, help="numbers of a latent vector")
     parser.add_argument("--gamma", type=float, default=750.0, help="of the penalty")
+    parser.add_argument(
+        "--together", action="store_true", help="both gradients before either network moves: CIFAR-10's recipe"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="at least, of a round")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU (default: its own choice)")
@@ -466,7 +483,7 @@ def main() -> None:
         jax.config.update("jax_default_matmul_precision", "highest")  # full float32 on both sides
     last = [
         compare(
-            Sizes(resolution, flags.base, flags.most, flags.latent, flags.gamma),
+            Sizes(resolution, flags.base, flags.most, flags.latent, flags.gamma, flags.together),
             flags.batch,
             flags.rounds,
             flags.seconds,
