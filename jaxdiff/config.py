@@ -221,7 +221,7 @@ class SamplingConfig:
     guidance_end: float = 1.0
     guidance_rescale: float = 0.0
     clip: Literal["none", "clip", "dynamic"] = "clip"  # what is done to predicted x0 outside [-1, 1]
-    truncation: float = 0.0  # progressive GAN: numbers of a latent beyond +- this are drawn again; 0 = never
+    truncation: float = 0.0  # progressive GAN: no number of a latent lies beyond +- this; 0 = as they come
     resolution: int = 0  # progressive GAN: pixels a side, at most those grown to; 0 = as many
     num_images: int = 64  # in a grid during training
     batch_per_device: int = 16  # images a device makes at a time
