@@ -1,8 +1,8 @@
 """What accelerators can do at best, as their makers publish it; nothing here is measured.
 
 Cloud TPU: https://cloud.google.com/tpu/docs/v5e (and v4, v5p, v6e), key specifications; `link` is half of the bidirectional
-inter-chip bandwidth of a chip. NVIDIA: the data sheets of the A100 80GB SXM and H100 SXM, matrix products without sparsity;
-`link` is half of NVLink's bandwidth.
+inter-chip bandwidth of a chip. NVIDIA: the data sheets of the A100, H100 and H200 Tensor Core GPUs, matrix products without
+sparsity; `link` is half of NVLink's bandwidth (with PCIe cards that of a bridge between two).
 """
 
 from typing import NamedTuple
@@ -25,6 +25,11 @@ CHIPS = (
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, 400e9),
     Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95e9, 2765e9, 600e9),
     Chip("A100", ("NVIDIA A100-SXM4-80GB",), 312e12, 80e9, 2039e9, 300e9),
+    Chip("A100 40GB", ("NVIDIA A100-SXM4-40GB",), 312e12, 40e9, 1555e9, 300e9),
+    Chip("H200 NVL", ("NVIDIA H200 NVL",), 835e12, 141e9, 4800e9, 450e9),  # before the H200, with which it begins
+    Chip("H200", ("NVIDIA H200",), 989e12, 141e9, 4800e9, 450e9),
+    Chip("H100 PCIe", ("NVIDIA H100 PCIe",), 756e12, 80e9, 2000e9, 300e9),
+    Chip("H100 NVL", ("NVIDIA H100 NVL",), 835e12, 94e9, 3900e9, 300e9),
     Chip("H100", ("NVIDIA H100 80GB HBM3",), 989e12, 80e9, 3350e9, 450e9),
 )
 

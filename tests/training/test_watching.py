@@ -107,6 +107,8 @@ def test_operations_of_a_product_of_matrices_are_counted():
 
 def test_chips_are_known_by_the_names_that_jax_has_for_them():
     kinds = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "H100"}
+    kinds |= {"NVIDIA A100-SXM4-80GB": "A100", "NVIDIA A100-SXM4-40GB": "A100 40GB", "NVIDIA H200": "H200"}
+    kinds |= {f"NVIDIA {name}": name for name in ("H100 PCIe", "H100 NVL", "H200 NVL")}
     assert {kind: getattr(chip_of(kind), "name", None) for kind in kinds} == kinds
     assert chip_of("cpu") is None
     assert all(chip.flops > 1e14 and chip.link < chip.memory_bandwidth < chip.flops for chip in CHIPS)
