@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,20 @@ def test_data_without_captions_are_refused_before_anything_is_written(tmp_path):
 def test_impossible_text_configs(changes, message):
     with pytest.raises(ConfigError, match=message):
         tiny_config(**{**TEXT, **changes})
+
+
+def test_a_run_with_a_tokenizer_of_its_users(tmp_path):
+    """It is not trained on, and not needed any more: the workdir has it, with the run's own context length."""
+    folder = tmp_path / "tokenizer"
+    train_tokenizer(["a red circle", "a blue square"], 530, 77).save(folder)
+    config = tiny_config(**TEXT, **{"text.tokenizer": str(folder), "training.num_steps": 2})
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    params = train_run(config, tmp_path / "run").state.params
+    assert len(params["text_encoder"]["token_embedding"]["embedding"]) == len(vocabulary)
+    shutil.rmtree(folder)
+    run = load_run(tmp_path / "run")
+    assert run.tokenizer.vocabulary == vocabulary and run.tokenizer.context_length == 16
+    assert run.text_to_image(["a red circle"], [0]).shape == (1, 8, 8, 3)
 
 
 def test_a_tokenizer_folder_that_is_none(tmp_path):
