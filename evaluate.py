@@ -66,11 +66,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results]:
     """The results asked for, one after the other."""
     run = load_run(args.workdir) if args.workdir else None
-    num = args.num or tasks.default_num(metrics)
-    sampling = command_line.sampling_settings(args, run.task.config, num) if run else None
+    sampling = run and command_line.sampling_settings(args, run.task.config, args.num or tasks.default_num(metrics))
     if run and "bpd" in metrics:
         yield tasks.evaluate_likelihood(run, args.data_dir, args.split, args.num or 256, args.seed, args.ode_steps)
-        metrics = [name for name in metrics if name != "bpd"]
 
     def make_scorer() -> Scorer:
         config = run.task.config if run else None
@@ -79,13 +77,12 @@ def results_of(args: argparse.Namespace, metrics: list[str]) -> Iterator[Results
 
     if run and (asked := [name for name in metrics if name in tasks.RECONSTRUCTION_METRICS]):
         yield tasks.evaluate_reconstructions(asked, run, make_scorer, args.data_dir, args.split, args.num, args.seed)
-        metrics = [name for name in metrics if name not in asked]
-    if not metrics:
+    metrics = [name for name in metrics if name in tasks.IMAGE_METRICS]
+    if not metrics and not args.make_reference:
         return
+    options, split, size = command_line.score_options(args), args.split or "train", args.image_size
     if run and sampling:
         run.task.describe_sampling(sampling)  # says so where it makes none
-    options, split, size = command_line.score_options(args), args.split or "train", args.image_size
-    if run:
         where, against = args.workdir, tasks.Reference(args.reference or "", args.data_dir, split, size)
         yield tasks.evaluate_samples(metrics, run, where, against, make_scorer, options, args.num, args.seed, sampling)
         return

@@ -159,10 +159,10 @@ class Upsample(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"], size: tuple[int, ...] | None = None) -> Float[Array, "b 2h 2w c"]:
         """Double height and width, or bring them to `size`: what a level had that halving rounded up."""
-        b, h, w, c = x.shape
-        doubled = size is None or tuple(size) == (2 * h, 2 * w)
-        conv = conv3x3(c, self.dtype, self.param_dtype, "conv", doubled=doubled)
-        return conv(x if doubled else repeat_pixels(x)[:, : size[0], : size[1]])
+        height, width = size or (2 * x.shape[1], 2 * x.shape[2])
+        doubled = (height, width) == (2 * x.shape[1], 2 * x.shape[2])
+        conv = conv3x3(x.shape[-1], self.dtype, self.param_dtype, "conv", doubled=doubled)
+        return conv(x if doubled else repeat_pixels(x)[:, :height, :width])
 
 
 def repeat_pixels(x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
@@ -186,7 +186,6 @@ def convolve_doubled(
     odd: four kernels of 2x2, sums of the given one's rows and columns, make the four kinds of pixels. To be given to
     `nn.Conv` as `conv_general_dilated`; strides, padding and layout are what has been said, whatever is passed.
     """
-    b, h, w, _ = x.shape
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     # One convolution of the image padded on all sides, with the four kernels side by side, is up to twice as slow on a CPU.
     kinds = []
