@@ -26,6 +26,8 @@ from jaxdiff.training.processes import is_first
 NAME = "lock"
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # what file systems without locks say
 
+SETTLING_SECONDS = 1.0  # after which two that started together have both written, where nothing locks
+
 
 @contextlib.contextmanager
 def holding(workdir: pathlib.Path) -> Iterator[None]:
@@ -62,13 +64,7 @@ def _acquire(workdir: pathlib.Path) -> int:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         if _is_held(descriptor):
-            holder = _read(descriptor)
-            os.close(descriptor)
-            elsewhere = holder and holder.get("host") != socket.gethostname()
-            hint = f" (if that is certainly over, delete {path})" if elsewhere else ""
-            raise ConfigError(
-                f"{workdir} is in use: {_told(holder)} trains in it; wait for it, or give another --workdir{hint}"
-            )
+            raise _refusal(workdir, descriptor)
         if _is_at(path, descriptor):
             break
         os.close(descriptor)  # its holder has removed it between the opening and the locking
@@ -77,7 +73,35 @@ def _acquire(workdir: pathlib.Path) -> int:
     mine = {"host": socket.gethostname(), "pid": os.getpid(), "boot": _boot(), "since": time.strftime("%F %T %z")}
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, (json.dumps(mine) + "\n").encode(), 0)
+    if not _knows_locks(descriptor):  # two that found nobody have both written: who wrote last has it
+        os.fsync(descriptor)
+        time.sleep(SETTLING_SECONDS)
+        again = os.open(path, os.O_RDONLY)
+        if _read(again) != mine:
+            os.close(descriptor)
+            raise _refusal(workdir, again)
+        os.close(again)
     return descriptor
+
+
+def _refusal(workdir: pathlib.Path, descriptor: int) -> ConfigError:
+    """What to say to the second one. Closes the file."""
+    holder = _read(descriptor)
+    os.close(descriptor)
+    elsewhere = holder and holder.get("host") != socket.gethostname()
+    hint = f" (if that is certainly over, delete {workdir / NAME})" if elsewhere else ""
+    return ConfigError(
+        f"{workdir} is in use: {_told(holder)} trains in it; wait for it, or give another --workdir{hint}"
+    )
+
+
+def _knows_locks(descriptor: int) -> bool:
+    """Whether the lock of an open file that is ours is the system's."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _is_held(descriptor: int) -> bool:

@@ -37,6 +37,7 @@ def no_locks(monkeypatch):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(lock, "SETTLING_SECONDS", 0.0)
 
 
 def test_the_second_is_told_who_is_there(tmp_path):
@@ -100,6 +101,15 @@ def test_without_locks_another_host_is_respected(tmp_path, no_locks, dead):
     message = rf"process {dead} on host far-away .* \(if that is certainly over, delete {tmp_path / 'lock'}\)"
     with pytest.raises(ConfigError, match=message), holding(tmp_path):
         pass
+
+
+def test_without_locks_of_two_that_start_together_one_goes_on(tmp_path, no_locks, monkeypatch):
+    monkeypatch.setattr(
+        lock.time, "sleep", lambda seconds: write_holder(tmp_path)
+    )  # the other has found nobody, either
+    with pytest.raises(ConfigError, match=rf"in use: process {os.getppid()} on host"), holding(tmp_path):
+        pass
+    assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getppid(), "the other keeps it"
 
 
 def test_without_locks_the_dead_are_recognised(tmp_path, no_locks, dead):
