@@ -46,6 +46,7 @@ from jaxdiff.tasks.asked import (
     check_place,
     how_many,
     open_asked,
+    strength_of,
     what_is_asked,
     write_images,
 )
@@ -95,7 +96,7 @@ def main() -> None:
             what = f"{args.model}: {model.describe()}: {num} images, {model.describe_sampling(settings)}"
             if args.dry_run:
                 print(what, flush=True)
-                print(dry_run(model, settings))
+                print(dry_run(model, settings, strength_of(args)))
                 return
             asked = what_is_asked(args, model, num)
             model = model.load()

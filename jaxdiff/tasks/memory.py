@@ -1,10 +1,12 @@
-"""How much memory there is, and how much parameters take, before any of them is read."""
+"""How much memory there is, and how much parameters and activations take, before anything is read or compiled."""
 
 import math
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import Sharding
 
 from jaxdiff.config import ConfigError
@@ -27,8 +29,33 @@ def bytes_of(shapes: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
-def check_room(shapes: Any, device: jax.Device, sharing: int = 1) -> None:
-    """Raise ConfigError if a device has no room for its share of these (shapes with a sharding); see `device_memory`."""
+def least_activations(run: Callable[..., Any], *shapes: Any) -> int:
+    """Bytes that an evaluation needs at the least, besides its parameters: those of a convolution's input and output.
+
+    No compiler does without the two at once, whatever it fuses with them. Only traced, which takes a fraction of a second; the
+    compiler's own plan is up to some times as much, and takes a minute.
+    """
+    sizes = [0]
+    for equation in _equations(jax.make_jaxpr(run)(*shapes).jaxpr):
+        if equation.primitive.name == "conv_general_dilated":
+            ends = equation.invars[0].aval, equation.outvars[0].aval
+            sizes.append(sum(end.size * end.dtype.itemsize for end in ends))
+    return max(sizes)
+
+
+def _equations(jaxpr: Jaxpr) -> Iterator[Any]:
+    """Also those of the functions within."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from _equations(inner)
+
+
+def check_room(shapes: Any, device: jax.Device, sharing: int = 1, activations: int = 0) -> None:
+    """Raise ConfigError if a device has no room for its share of these (shapes with a sharding); see `device_memory`.
+
+    activations: bytes that one image takes at the least, on the same device.
+    """
 
     def share(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
@@ -40,4 +67,9 @@ def check_room(shapes: Any, device: jax.Device, sharing: int = 1) -> None:
         raise ConfigError(
             f"the parameters alone need {needed / 2**30:.2f} GiB on every device, which has {room / 2**30:.2f}: take a "
             "smaller dtype, or split them over devices (a mesh with fsdp)"
+        )
+    if room is not None and needed + activations > room:
+        raise ConfigError(
+            f"the parameters need {needed / 2**30:.2f} GiB on every device and one image at least {activations / 2**30:.2f} "
+            f"more, but there are {room / 2**30:.2f}: make smaller images, or take a smaller dtype"
         )

@@ -28,7 +28,7 @@ from jaxdiff.models.unet import UNet
 from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.tasks.attending import Attention, attention_of
 from jaxdiff.tasks.first_stage import FirstStage, autoencoder_from_config, scale_and_shift
-from jaxdiff.tasks.memory import check_room
+from jaxdiff.tasks.memory import check_room, least_activations
 from jaxdiff.tasks.text_model import text_encoder_from_config
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh, replicated
 from jaxdiff.training.state import Params
@@ -235,7 +235,7 @@ class StableDiffusion:
     def load(self, mesh: Mesh | None = None) -> "StableDiffusion":
         """Read the parameters, one tensor at a time, straight to the devices of a mesh: copied, or split over `fsdp`.
 
-        Raises ConfigError before it reads any where a device has no room for them.
+        Raises ConfigError before it reads any where a device has no room for them and for making one image of this size.
         """
         mesh = mesh or make_mesh(ShardingConfig())
         placed = {}
@@ -247,7 +247,10 @@ class StableDiffusion:
                 shapes,
                 fsdp_shardings(shapes, mesh) if "fsdp" in mesh.shape else copies,
             )
-        check_room(placed, mesh.local_devices[0], len(mesh.local_devices))
+        # Of the three networks the decoder has the largest activations that are sure to be.
+        latents = jax.ShapeDtypeStruct((1, *self.model.latent_shape), jnp.float32)
+        activations = least_activations(self.model.decode, self.params, latents)
+        check_room(placed, mesh.local_devices[0], len(mesh.local_devices), activations)
         params = {}
         for part, component in PARTS.items():
             try:

@@ -1,11 +1,13 @@
 """Stable Diffusion from disk to images: small checkpoints with random weights, written by our own export."""
 
+import collections
 import dataclasses
 import functools
 import re
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,11 +15,12 @@ import jaxdiff
 import sample
 from jaxdiff.config import ConfigError, ShardingConfig
 from jaxdiff.files import save_png
+from jaxdiff.generation.image_model import Request
 from jaxdiff.generation.inputs import read_image
 from jaxdiff.generation.sampling import knobs_of, make_recipe, make_sample
 from jaxdiff.tasks import memory, stable_diffusion
 from jaxdiff.tasks.asked import how_many, open_asked, what_is_asked
-from jaxdiff.tasks.dry_run import _cost, calls_an_image, dry_run
+from jaxdiff.tasks.dry_run import Cost, _cost, _params, calls_an_image, dry_run
 from jaxdiff.tasks.first_stage import autoencoder_from_config
 from jaxdiff.tasks.memory import bytes_of
 from jaxdiff.tasks.stable_diffusion import (
@@ -161,12 +164,51 @@ def test_predictions_are_the_files_or_the_users(folders):
     assert opened.model.prediction == make_recipe(opened.model, opened.settings).prediction == "noise"
 
 
+def counted(sd, settings, strength, masked):
+    """For how many images each network is called, in a program in which none does anything."""
+    calls, model = collections.Counter(), sd.model
+
+    def called(name, result):
+        jax.debug.callback(lambda: calls.update({name: len(result)}))
+        return result
+
+    changed = dataclasses.replace(
+        model,
+        network=lambda params, x, time, condition: called("unet", jnp.zeros_like(x)),
+        conditions=lambda params, request, guided: (jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 3))),
+        encode=lambda params, x, keys: called("encoder", jnp.zeros((len(x), *model.latent_shape))),
+        decode=lambda params, x: called("decoder", jnp.zeros((len(x), *model.image_shape))),
+    )
+    pictures = None if strength is None else small.image()[None]
+    request = Request(None, pictures, small.mask()[None] if masked else None)
+    sample, keys = make_sample(changed, settings, True), jax.random.split(jax.random.key(0), 1)
+    knobs = knobs_of(changed, settings, 1.0 if strength is None else strength)
+    jax.block_until_ready(jax.jit(sample)({}, keys, request, knobs))
+    jax.effects_barrier()
+    return calls
+
+
 @pytest.mark.parametrize(
-    ("sampler", "steps", "calls"), [("pndm", 5, 6), ("heun", 5, 9), ("ddim", 5, 5), ("euler", 5, 5)]
+    ("kind", "sampler", "strength", "masked", "unet", "encoder"),
+    [
+        (SD1, "pndm", None, False, 12, 0),
+        (SD1, "heun", None, False, 18, 0),
+        (SD1, "ddim", None, False, 10, 0),
+        (SD1, "pndm", 0.7, False, 8, 1),
+        (SD1, "heun", 0.7, False, 10, 1),
+        (SD1, "pndm", 0.0, False, 0, 1),
+        (SD1, "ddim", 1.0, True, 10, 1),
+        (INPAINT1, "euler", None, False, 10, 1),
+        (INPAINT1, "euler", 0.4, True, 4, 2),
+    ],
 )
-def test_the_dry_run_counts_what_is_evaluated(sd, sampler, steps, calls):
-    settings = small.settings_of(sd, sampler, steps=steps)
-    assert calls_an_image(sd, settings)["unet"] == 2 * calls
+def test_the_dry_run_counts_what_is_evaluated(folders, kind, sampler, strength, masked, unet, encoder):
+    opened = open_stable_diffusion(folders(kind))
+    settings = small.settings_of(opened, sampler, steps=5)
+    calls = calls_an_image(opened, settings, strength)
+    assert calls == {"unet": unet, "encoder": encoder, "decoder": 1, "text_encoder": 2}
+    del calls["text_encoder"]
+    assert counted(opened, settings, strength, masked) == {name: count for name, count in calls.items() if count}
 
 
 def test_the_dry_run_needs_no_tensor(folders):
@@ -174,10 +216,32 @@ def test_the_dry_run_needs_no_tensor(folders):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(opened.params))
     lines = dry_run(opened, opened.settings).splitlines()
     assert "U-Net" in lines[0] and "102 x" in lines[0] and "nan" not in "".join(lines)
-    assert "8 x 1 images (guided" in lines[4] and "51 times the U-Net" in lines[4]
+    assert "  encoder" in lines[1] and lines[1].endswith("not called")
+    assert "8 x 1 images (guided" in lines[5] and "text encoder, 51 times the U-Net" in lines[5]
     parameters = bytes_of(opened.params)
     assert parameters == 2 * sum(leaf.size for leaf in jax.tree.leaves(opened.params))
-    assert f"{parameters / 2**30:.2f} of parameters" in lines[5] and "within the" in lines[5]
+    assert f"{parameters / 2**30:.2f} of parameters" in lines[6] and "within the" in lines[6]
+
+
+def test_the_dry_run_counts_the_encoder_where_an_image_is_encoded(folders, monkeypatch):
+    """Its operations are of the decoder's kind, and its activations may be the largest."""
+    opened, costs = open_stable_diffusion(folders(INPAINT1)), {}
+    monkeypatch.setattr(
+        "jaxdiff.tasks.dry_run._cost", lambda model, part, batch: costs.setdefault(part, Cost(1e9, 7, 2**30))
+    )
+    costs["encoder"] = Cost(5e12, 11, 6 * 2**30)
+    lines = dry_run(opened, opened.settings, strength=0.5).splitlines()
+    assert "   2 x 5000.0 GFLOP an image; activations 6.00 GiB" in lines[1]
+    assert lines[4].startswith("  an image: 10.0") and lines[4].endswith(" TFLOP")
+    assert "text encoder, encoder twice, 26 times the U-Net" in lines[5] and "encoder 11" in lines[5]
+    assert "6.00 of activations" in lines[6]
+
+
+def test_the_halves_of_the_autoencoder_are_the_whole(sd):
+    """As many parameters, and an encoder that is what runs."""
+    encoder, decoder = (_params(sd, part) for part in ("encoder", "decoder"))
+    assert encoder.keys() | decoder.keys() == sd.params["autoencoder"].keys() and not encoder.keys() & decoder.keys()
+    assert _cost(sd, "encoder", 1).flops > 0.3 * _cost(sd, "decoder", 1).flops > 0
 
 
 def test_operations_are_those_of_the_mathematics(sd):
@@ -199,6 +263,26 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(folders, monkeypat
         return
     with pytest.raises(ConfigError, match="parameters alone need 0.01 GiB on every device, which has 0.00"):
         opened.load()
+
+
+def test_images_that_cannot_be_made_are_refused_before_the_model_is_read(folders, monkeypatch):
+    """The decoder's largest convolution has 64 channels before and 32 after at each pixel."""
+    monkeypatch.setattr(stable_diffusion, "load_params", lambda *args: {})
+    small_images = open_stable_diffusion(folders(SD1))
+    large_images = small_images.with_size(4096, 2048)
+    room = bytes_of(small_images.params) + 4096 * 2048 * (64 + 32) * 4 - 1
+    monkeypatch.setattr(memory, "device_memory", lambda device, sharing: room)
+    small_images.load()
+    with pytest.raises(ConfigError, match=r"need 0\.01 GiB on every device and one image at least 3\.00 more"):
+        large_images.load()
+    open_stable_diffusion(folders(SD1), dtype="float16").with_size(4096, 1024).load()
+
+
+def test_the_least_activations_are_no_more_than_the_compiler_plans(sd):
+    latents = jax.ShapeDtypeStruct((1, *sd.model.latent_shape), np.float32)
+    least = memory.least_activations(sd.model.decode, sd.params, latents)
+    assert least == 4 * small.SIDE**2 * (64 + 32)
+    assert least < _cost(sd, "decoder", 1).activations < 10 * least
 
 
 def test_a_device_needs_room_for_its_share_only(sd, monkeypatch):
