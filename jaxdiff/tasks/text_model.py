@@ -61,10 +61,7 @@ def load_text_model(path: str | pathlib.Path) -> TextModel:
         message = str(error)
         raise ConfigError(message if str(encoder) in message else f"{encoder / TENSORS}: {message}") from error
     try:
-        tokenizer = Tokenizer.load(tokenizer_folder)
-        tokenizer = Tokenizer.create(
-            tokenizer.vocabulary, tokenizer.merges, model.context_length, pad_token=tokenizer.pad_token
-        )
+        tokenizer = Tokenizer.load(tokenizer_folder).with_context_length(model.context_length)
         if tokenizer.vocabulary_size > model.vocabulary_size:
             raise ValueError(
                 f"{tokenizer.vocabulary_size:,} tokens, but the text encoder knows {model.vocabulary_size:,}"
