@@ -20,6 +20,7 @@ from jaxdiff.weights import single_file
 from jaxdiff.weights.checkpoint import COMPONENTS, component_rules, load_params, open_checkpoint
 from jaxdiff.weights.export import save_folder, save_single_file
 from jaxdiff.weights.names import shapes_there
+from tests.tasks import small_checkpoint
 from tests.weights import small_stable_diffusion as small
 
 FIRST, INPAINTING, SECOND, _ = small.KINDS
@@ -479,4 +480,65 @@ def test_memory_while_loading_is_hardly_more_than_the_file(tmp_path):
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     size, peak, after = map(float, output.stdout.split())
     assert size > 300e6 and after > 0.95
+    assert peak < 1.3, peak
+
+
+WHOLE = """
+import pathlib, sys, jax
+from jaxdiff.config import ShardingConfig
+from jaxdiff.tasks.stable_diffusion import load_stable_diffusion
+from jaxdiff.training.sharding import make_mesh
+
+def memory(what):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(what))
+
+small, large, dtype, fsdp = sys.argv[1:]
+mesh = make_mesh(ShardingConfig(fsdp=int(fsdp)))
+assert mesh.size == int(fsdp)
+load_stable_diffusion(small, dtype=dtype, mesh=mesh)  # what a first load takes, of whatever size
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins from now
+before = memory("VmRSS")
+sd = load_stable_diffusion(large, dtype=dtype, mesh=mesh)
+size = sum(file.stat().st_size for file in pathlib.Path(large).rglob("*.safetensors"))
+split = sum(not leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(sd.params))
+print(size, (memory("VmHWM") - before) / size, (memory("VmRSS") - before) / size, split)
+"""
+
+
+def large_configs():
+    """Those of a small checkpoint with wider networks, whose largest tensor is, as in the real ones, a small part of the whole."""
+    found, context = small_checkpoint.configs(FIRST), 256
+    found["unet"] |= {"block_out_channels": [128, 256, 256], "cross_attention_dim": context}
+    found["vae"] |= {"block_out_channels": [64, 128, 256]}
+    found["text_encoder"] |= {"hidden_size": context, "intermediate_size": 4 * context, "vocab_size": 8192}
+    return found
+
+
+@pytest.fixture(scope="module")
+def two_sizes(tmp_path_factory):
+    """A small checkpoint, and a large one by the dtype of its files."""
+    folder, parts = tmp_path_factory.mktemp("sizes"), large_configs()
+    small_checkpoint.write(folder / "small", FIRST)
+    params = small_checkpoint.params_of(parts, FIRST)
+    for dtype in (np.float32, np.float16):
+        cast = jax.tree.map(lambda leaf, to=dtype: np.asarray(leaf, to), params)
+        save_folder(folder / np.dtype(dtype).name, cast, parts, folder / "small" / "words")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("fsdp", [1, 4])
+@pytest.mark.parametrize("file, dtype", [("float32", "float32"), ("float16", "float16"), ("float16", "bfloat16")])
+def test_memory_while_a_whole_model_is_loaded_is_hardly_more_than_its_files(two_sizes, file, dtype, fsdp):
+    """As above, of load_stable_diffusion, also split over simulated devices, whose memories are all the host's."""
+    where = [str(two_sizes / name) for name in ("small", file)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(fsdp)}
+    command = [sys.executable, "-c", WHOLE, *where, dtype, str(fsdp)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    size, peak, after, split = map(float, output.stdout.split())
+    print(f"{file} files of {size / 1e6:.0f} MB as {dtype}, fsdp {fsdp}: peak {peak:.2f}, after {after:.2f} of them")
+    assert size > 90e6 and after > 0.95
+    assert (split > 100) == (fsdp > 1)
     assert peak < 1.3, peak
