@@ -507,7 +507,7 @@ print(size, (memory("VmHWM") - before) / size, (memory("VmRSS") - before) / size
 
 
 def large_configs():
-    """Those of a small checkpoint with wider networks, whose largest tensor is, as in the real ones, a small part of the whole."""
+    """A small checkpoint's with wider networks; the largest tensor is, as in real ones, a small part of the whole."""
     found, context = small_checkpoint.configs(FIRST), 256
     found["unet"] |= {"block_out_channels": [128, 256, 256], "cross_attention_dim": context}
     found["vae"] |= {"block_out_channels": [64, 128, 256]}
