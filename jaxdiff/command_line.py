@@ -30,6 +30,7 @@ from jaxdiff.training.loop import NonFiniteLossError
 from jaxdiff.training.processes import JoinError, Place, ending_with_the_others, join
 
 USAGE_ERROR = 2
+LONGEST_LINE = 1200  # characters of an error: a line repeats what it complains about, however long that is
 
 
 @contextlib.contextmanager
@@ -48,7 +49,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _print_error(message: str, status: int) -> int:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    line = " ".join(message.split())
+    if len(line) > LONGEST_LINE:
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 2 :]}"
+    print(f"error: {line}", file=sys.stderr)
     return status
 
 

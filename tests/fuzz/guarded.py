@@ -61,7 +61,7 @@ def guarded(
     read: Callable[[], Any],
     folder: pathlib.Path,
     most: int,
-    refusals: tuple[type[Exception], ...] = (ValueError, OSError),
+    refusals: tuple[type[BaseException], ...] = (ValueError, OSError),
 ) -> Any:
     """What `read` returns, or the error with which it refused.
 

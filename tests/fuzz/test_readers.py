@@ -1,8 +1,10 @@
 """Whatever is in a file of a stranger: read, or refused in one line; quickly, in bounded memory, and nothing else happens."""
 
+import contextlib
 import gzip
 import io
 import json
+import pathlib
 import struct
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from jaxdiff.command_line import USAGE_ERROR, config_from_flags, one_line_errors
 from jaxdiff.config import ConfigError, default_config, to_config, to_json
 from jaxdiff.data.folder import open_folder
 from jaxdiff.data.idx import open_idx
@@ -353,3 +356,62 @@ def test_configs(tmp_path, changes):
     config = guarded(lambda: to_config(values), tmp_path, MEGABYTE, (ConfigError,))
     if not isinstance(config, Exception):
         assert to_config(json.loads(to_json(config))) == config
+
+
+DIGITS = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
+hard = [
+    "(" * 9000 + ")" * 9000,
+    "[" * 50_000,
+    "(" + "-" * 50_000 + "1,)",
+    "9" * 5000,
+    "1e400",
+    "nan",
+    "0x10",
+    "(1,",
+    "x" * 90_000,
+]
+words = st.sampled_from(hard) | st.text(
+    LETTERS.replace("\0", "=").replace("\ud800", "\udcff"), max_size=9
+)  # as of a shell
+said = words | extremes.map(str) | json_values.map(repr)
+named = st.sampled_from([f"--config.{key}" for key in KEYS])
+odd = [
+    "seed",
+    "training",
+    "seed.x",
+    "__class__",
+    "model.__class__.__init__",
+    "a." * 3000,
+    "lock",
+    "model.channel_multipliers[9]",
+]
+flags = st.one_of(
+    st.tuples(named, said).map("=".join),
+    st.tuples(st.sampled_from([f"--config.{key}" for key in odd]) | words.map("--config.{}".format), said).map(
+        "=".join
+    ),
+    st.sampled_from(
+        ["--", "---", "--=1", "-", "=", "", "--config", "--workdir", "--config.seed", "--noconfig", "--help"]
+    ),
+    st.tuples(st.sampled_from(["--workdir", "--config", "--undefok", "--flagfile"]), said).map("=".join),
+    words,
+)
+
+
+@many_or_few(argv=st.lists(flags, max_size=4), doubled=st.booleans())
+def test_flags(tmp_path, argv, doubled):
+    """What a user types is a config, or one line and exit status 2; --help ends well."""
+    argv, told = ["train.py", f"--config={DIGITS}", *argv * (1 + doubled)], io.StringIO()
+
+    def read():
+        with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()), one_line_errors():
+            return config_from_flags(argv, "usage")
+
+    result, line = guarded(read, tmp_path, 16 * MEGABYTE, (SystemExit,)), told.getvalue().removesuffix("\n")
+    if isinstance(result, SystemExit) and result.code == 0:
+        assert not line and "--help" in argv
+    elif isinstance(result, SystemExit):
+        assert result.code == USAGE_ERROR and line.startswith("error: "), (result.code, line)
+        assert "\n" not in line and len(line) < 1500, line
+    else:
+        assert to_config(json.loads(to_json(result[0]))) == result[0] and not line
