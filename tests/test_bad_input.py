@@ -494,7 +494,7 @@ RUNS = [
     ),
     Row(
         "sample --workdir text_run",
-        "special_tokens_map.json: pad_token = [1] must be text",
+        "special_tokens_map.json: pad_token = \\[1\\] must be text",
         put("text_run/tokenizer/special_tokens_map.json", '{"pad_token": [1]}'),
     ),
     Row("export --workdir run", "the following arguments are required: --out"),

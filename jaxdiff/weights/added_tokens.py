@@ -83,7 +83,7 @@ def _token(token: Any, where: str) -> AddedToken:
         return AddedToken(token, special=True)
     content = token.get("content") if isinstance(token, dict) else None
     if not isinstance(content, str) or not content:
-        raise ValueError(f"{where} = {str(token)[:80]!r} must be text, or an object with it as content")
+        raise ValueError(f"{where} = {repr(token)[:80]} must be text, or an object with it as content")
     flags = {flag: token[flag] for flag in FLAGS if flag in token}
     if not all(isinstance(flag, bool) for flag in flags.values()):
         raise ValueError(f"{where}: {', '.join(flags)} must be true or false")
