@@ -104,7 +104,7 @@ def config_from_flags(argv: list[str], usage: str) -> tuple[Config, pathlib.Path
     workdir = os.path.expanduser(values["workdir"].value or f"runs/{path.stem}")  # of --workdir=~/x no shell does it
     if "://" in workdir:
         raise ConfigError(
-            f"--workdir {workdir}: it must be a folder; mount the bucket (docs/several_hosts.md) and name that"
+            f"--workdir {workdir}: it must be a folder; mount the bucket (docs/running/storage_gs.md) and name that"
         )
     if problem := obstacle(workdir):
         raise ConfigError(f"--workdir {workdir}: {problem}")

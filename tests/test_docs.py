@@ -14,7 +14,7 @@ from jaxdiff.diffusion.timesteps import SPACINGS
 from jaxdiff.losses import LOSSES
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 
 
 def test_config_page_has_every_key_with_its_default_and_no_other():
@@ -50,5 +50,6 @@ def test_named_files_exist(page):
 
 
 def test_index_lists_every_page():
-    index = (ROOT / "docs/README.md").read_text()
-    assert all(f"({page.name})" in index for page in (ROOT / "docs").glob("*.md") if page.name != "README.md")
+    docs = ROOT / "docs"
+    index = (docs / "README.md").read_text()
+    assert all(f"({page.relative_to(docs)})" in index for page in docs.rglob("*.md") if page.name != "README.md")
