@@ -15,6 +15,8 @@ import pytest
 import tensorstore
 
 from jaxdiff.config import ShardingConfig
+from jaxdiff.tasks.make import make_task
+from jaxdiff.tasks.train import train_run
 from jaxdiff.training import checksums
 from jaxdiff.training.checkpoints import (
     CheckpointError,
@@ -26,6 +28,7 @@ from jaxdiff.training.checkpoints import (
 )
 from jaxdiff.training.sharding import fsdp_shardings, make_mesh
 from jaxdiff.training.state import create_state
+from tests.tiny import tiny_config
 
 
 def example_state(seed=0):
@@ -157,6 +160,62 @@ def test_whichever_file_is_damaged_nothing_wrong_is_read(tmp_path, how, capsys):
         assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"], "who only reads moves nothing"
         path.write_bytes(whole)
     assert Checkpoints(folder).restore_latest(shapes)[0] == 3
+
+
+def damage_each_file(workdir, newest, before, how, shapes, capsys):
+    """As above by a reader that trains: what it cannot read is moved aside as it is, and put back here for the next file."""
+    folder, aside = workdir / "checkpoints", workdir / "damaged_checkpoints" / f"{newest}.0"
+    for path in files_of(folder / str(newest)):
+        whole, name = path.read_bytes(), path.relative_to(folder / str(newest)).as_posix()
+        damage(path, how)
+        left = contents(folder / str(newest))
+        reader = Checkpoints(folder, keep=2)
+        step, _ = reader.restore_latest(shapes)
+        reader.close()
+        told = capsys.readouterr().err
+        if how in HARMLESS.get(name, ()):
+            assert step == newest and not aside.exists(), name
+        else:
+            assert step == before and told.count("\n") == 1 and str(aside) in told, (name, told)
+            assert contents(aside) == left and reader.steps() == [before], name
+            shutil.move(aside, folder / str(newest))
+        path.write_bytes(whole)
+    assert Checkpoints(folder).restore_latest(shapes)[0] == newest
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOWS)
+def test_whichever_file_is_damaged_who_trains_moves_the_checkpoint_aside(tmp_path, how, capsys):
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step in (2, 3):
+        checkpoints.save(step, small_state(step))
+    checkpoints.close()
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), small_state(0))
+    damage_each_file(tmp_path, 3, 2, how, shapes, capsys)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """Two steps of a real run, each saved: its workdir, and the shapes of its state."""
+    workdir = tmp_path_factory.mktemp("real") / "run"
+    config = tiny_config(**{
+        "training.num_steps": 2, "training.checkpoint_every": 1, "training.keep_checkpoints": 2, "training.sample_every": 0,
+        "sampling.steps": 1, "sampling.num_images": 1,
+    })  # fmt: skip
+    train_run(config, workdir)
+    mesh = make_mesh(config.sharding)
+    shapes = jax.eval_shape(make_task(config).trainable(mesh).init, jax.random.key(0))
+    return workdir, abstract_state(shapes, fsdp_shardings(shapes, mesh))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOWS)
+def test_whichever_file_of_a_real_runs_newest_checkpoint_is_damaged_the_one_before_is_used(real, tmp_path, how, capsys):
+    workdir, shapes = real
+    shutil.copytree(workdir / "checkpoints", tmp_path / "checkpoints")
+    assert {path.name for path in (tmp_path / "checkpoints" / "2").iterdir()} >= {"params", "ema_params", "opt_state"}
+    damage_each_file(tmp_path, 2, 1, how, shapes, capsys)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "3", '{"sha256": 3}', "{", "\xff"])
