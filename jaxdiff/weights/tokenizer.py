@@ -19,7 +19,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
-from jaxdiff.files import write_text
+from jaxdiff.files import read_at_most, write_text
 from jaxdiff.weights.added_tokens import END as END
 from jaxdiff.weights.added_tokens import START as START
 from jaxdiff.weights.added_tokens import WHOLE as WHOLE
@@ -28,6 +28,7 @@ from jaxdiff.weights.added_tokens import read_added, read_object, read_settings,
 END_OF_WORD = "</w>"
 CONTEXT_LENGTH = 77
 MOST_TOKENS = 2**16  # of a prompt; files without a limit say 10^30
+LONGEST_MERGES = 2**24  # bytes of merges.txt: CLIP's has half a million
 MOST_IDS = 2**20  # of a vocabulary: CLIP's has 49,408
 # A word is a run of letters, one digit, an English ending, or a run of anything else but spaces; they go without spaces.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -250,7 +251,11 @@ def _read_vocabulary(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no tokenizer: it has no {name}")
     try:
-        lines = (folder / FILES[1]).read_text(encoding="utf-8").split("\n")
+        content = read_at_most(folder / FILES[1], LONGEST_MERGES)
+    except ValueError as error:
+        raise ValueError(f"{folder / FILES[1]}: {error}") from error
+    try:
+        lines = content.decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / FILES[1]} is not text (UTF-8)") from error
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
