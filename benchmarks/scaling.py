@@ -1,7 +1,7 @@
 """How training should scale: what a step costs on many chips, on paper; and whether compiled programs send what paper says.
 
     python benchmarks/scaling.py                          # the tables of docs/scaling.md
-    python benchmarks/scaling.py --only gan --utilisation 0.3
+    python benchmarks/scaling.py --only gan --utilisation 0.3 --sent_bytes 4
     python benchmarks/scaling.py --check                  # bytes sent: the formula against programs for 8 simulated devices
 
 Parameters and operations are those of abstract shapes: nothing is initialised, and only --check compiles. Any CPU does it. Peaks
@@ -43,6 +43,12 @@ TORUS = {
 PASSES = 9  # over a float32 copy of the parameters in an update: four copies are read and written, the gradient is read
 
 
+# Bytes that a number of the gradient has while it travels, and a parameter that is gathered, where the network computes in
+# bfloat16. The TPU's compiler sends it as bfloat16 (docs/tpu.md); nobody has looked at what XLA does for GPUs.
+SENT_BYTES = {"H100": 4}
+SENT_BYTES_TPU = 2
+
+
 class Work(NamedTuple):
     """A step of one model on one chip."""
 
@@ -53,8 +59,13 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the parameters, and so of their gradient."""
+        """Of the parameters, in float32."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def count(self) -> int:
+        """Of the parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
 
 
 def task_work(name: str, batch: int, **changes: Any) -> Work:
@@ -130,13 +141,14 @@ def seconds_sending(chip: Chip, size: int, n: int) -> float:
     return bytes_sent(size, 0, n, 1) / (chip.link / (1 if n >= TORUS[chip.name] else 2))
 
 
-def table(work: Work, utilisation: float) -> str:
+def table(work: Work, utilisation: float, sent_bytes: int | None) -> str:
     """Of one model on every slice, as Markdown."""
     lines = [
         "| chips | fsdp | computing, ms | sending, ms | update, ms | images/s | efficiency |",
         "|---|---|---|---|---|---|---|",
     ]
     for chip in CHIPS:
+        size = work.count * (sent_bytes or SENT_BYTES.get(chip.name, SENT_BYTES_TPU))
         for n in SLICES.get(chip.name, ()):
             try:
                 fsdp = fewest_that_fit(work.state, work.params, n, int(chip.memory))
@@ -144,7 +156,7 @@ def table(work: Work, utilisation: float) -> str:
                 lines.append(f"| {n} {chip.name} | does not fit | | | | | |")
                 continue
             computing = work.flops / (chip.flops * utilisation)
-            sending = seconds_sending(chip, work.bytes, n)
+            sending = seconds_sending(chip, size, n)
             update = PASSES * work.bytes / fsdp / chip.memory_bandwidth
             alone = computing + PASSES * work.bytes / chip.memory_bandwidth  # one chip, if all fitted
             least, most = computing + update + sending, max(computing, sending) + update
@@ -184,6 +196,9 @@ def main() -> None:
     parser.add_argument("--only", choices=MODELS, help="one model only")
     parser.add_argument("--utilisation", type=float, default=0.4, help="of the chip's peak while computing: a guess")
     parser.add_argument(
+        "--sent_bytes", type=int, help="of a number of the gradient while it travels (default: 2 on TPUs, 4 on H100)"
+    )
+    parser.add_argument(
         "--check", action="store_true", help="compare bytes sent with compiled programs, and nothing else"
     )
     args = parser.parse_args()
@@ -195,13 +210,12 @@ def main() -> None:
     for name, (title, make) in MODELS.items():
         if args.only in (None, name):
             work = make()
-            count = sum(leaf.size for leaf in jax.tree.leaves(work.params))
             state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(work.state))
-            print(f"\n### {title}\n\n{count:,} parameters, state {state / 1e9:.2f} GB; ", end="")
+            print(f"\n### {title}\n\n{work.count:,} parameters, state {state / 1e9:.2f} GB; ", end="")
             print(
                 f"{work.flops / work.batch / 1e9:.1f} GFLOP an image, {work.flops / 1e12:.2f} TFLOP a chip and step\n"
             )
-            print(table(work, args.utilisation), flush=True)
+            print(table(work, args.utilisation, args.sent_bytes), flush=True)
 
 
 if __name__ == "__main__":
