@@ -251,11 +251,11 @@ def _read_vocabulary(folder: pathlib.Path) -> tuple[dict[str, int], Merges]:
         if not (folder / name).is_file():
             raise ValueError(f"{folder} is no tokenizer: it has no {name}")
     try:
-        content = read_at_most(folder / FILES[1], LONGEST_MERGES)
+        text = read_at_most(folder / FILES[1], LONGEST_MERGES)
     except ValueError as error:
         raise ValueError(f"{folder / FILES[1]}: {error}") from error
     try:
-        lines = content.decode().replace("\r\n", "\n").split("\n")
+        lines = text.decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{folder / FILES[1]} is not text (UTF-8)") from error
     pairs = [line.split(" ") for line in lines if line and not line.startswith("#version")]
