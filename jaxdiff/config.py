@@ -170,16 +170,16 @@ class DiffusionConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam or AdamW with warm-up, and the moving average of the parameters."""
+    """Adam, AdamW or Muon with warm-up, and the moving average of the parameters."""
 
-    name: Literal["adam", "adamw"] = "adam"
+    name: Literal["adam", "adamw", "muon"] = "adam"
     learning_rate: float = 2e-4
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = 0
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    weight_decay: float = 0.0  # adamw only
+    weight_decay: float = 0.0  # of adamw, and of muon's kernels
     clip_norm: float = 1.0  # global gradient norm; 0 = no clipping
     ema_decay: float = 0.9999
     ema_warmup: bool = True  # decay at step n is min(ema_decay, (1 + n) / (10 + n))
