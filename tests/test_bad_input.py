@@ -117,7 +117,7 @@ KEYS = [
     ("diffusion.p_mean=nan", "config.diffusion.p_mean = nan must be finite"),
     ("optimizer.learning_rate=0", "config.optimizer.learning_rate = 0.0 must be positive"),
     ("optimizer.learning_rate=inf", "config.optimizer.learning_rate = inf must be finite"),
-    ("optimizer.name=sgd", "config.optimizer.name = 'sgd' must be one of 'adam', 'adamw'"),
+    ("optimizer.name=sgd", "config.optimizer.name = 'sgd' must be one of 'adam', 'adamw', 'muon'"),
     ("optimizer.ema_decay=1", "config.optimizer.ema_decay = 1.0 must be at least 0 and below 1"),
     ("sharding.fsdp=3", "config.sharding.fsdp = 3 must divide the number of devices, 8"),
     ("sharding.mode=pjit", "config.sharding.mode = 'pjit' must be one of 'jit', 'pmap'"),
@@ -877,7 +877,9 @@ def opened():
     runs: dict[str, Any] = {}
     real = asked.load_run
 
-    def load_run(workdir: str) -> Any:
+    def load_run(workdir: str, *size: int | None) -> Any:
+        if size:
+            return real(workdir, *size)
         if workdir not in runs:
             runs[workdir] = real(workdir)
         return runs[workdir]

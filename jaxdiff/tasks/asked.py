@@ -19,7 +19,7 @@ from jaxdiff.generation.pipelines import IMAGE_STRENGTH, blend_request, conditio
 from jaxdiff.generation.sampling import first_step
 from jaxdiff.tasks.attending import ATTENTIONS
 from jaxdiff.tasks.run import Run, load_run
-from jaxdiff.tasks.stable_diffusion import DTYPES, StableDiffusion, open_stable_diffusion
+from jaxdiff.tasks.stable_diffusion import DTYPES, SizeError, StableDiffusion, open_stable_diffusion
 from jaxdiff.training.processes import is_first
 
 NUM = 16  # images of a run, where no number is given
@@ -31,8 +31,6 @@ OF_MODELS = (
     "attention",
     "lora",
     "lora_scale",
-    "height",
-    "width",
 )  # flags that go with --model
 
 
@@ -84,7 +82,9 @@ def add_model_flags(parser: argparse.ArgumentParser, dry_run: bool = True) -> No
         "--lora", metavar="FILE", help="of --model: a LoRA, .safetensors in kohya's or diffusers' naming"
     )
     parser.add_argument("--lora_scale", type=float, help="how much of it to take (default 1)")
-    parser.add_argument("--height", type=int, help="of images of --model (default: what it was trained for)")
+    parser.add_argument(
+        "--height", type=int, help="of images, of --model or a run that began from one (default: as trained)"
+    )
     parser.add_argument("--width", type=int)
     if dry_run:
         parser.add_argument(
@@ -115,7 +115,7 @@ def open_model(args: argparse.Namespace) -> Run | StableDiffusion:
         given = [name for name in OF_MODELS if getattr(args, name, None) is not None] + ["dry_run"] * args.dry_run
         if given:
             raise ConfigError(f"--{given[0]} goes with --model, and a run has its own")
-        return load_run(args.workdir)
+        return _open_run(args)
     if args.lora is None and args.lora_scale is not None:
         raise ConfigError("--lora_scale says how much of a LoRA to take: give that with --lora")
     how = {name: getattr(args, name) for name in ("variant", "tokenizer", "prediction")}
@@ -130,10 +130,19 @@ def open_model(args: argparse.Namespace) -> Run | StableDiffusion:
         raise ConfigError(f"--lora {error}") from error
 
 
+def _open_run(args: argparse.Namespace) -> Run:
+    if args.height is None and args.width is None:
+        return load_run(args.workdir)
+    try:
+        return load_run(args.workdir, args.height, args.width)
+    except SizeError as error:
+        raise ConfigError(f"--{error}") from error
+
+
 def _sized(model: StableDiffusion, height: int | None, width: int | None) -> StableDiffusion:
     try:
         return model.with_size(height, width)
-    except ConfigError as error:
+    except SizeError as error:
         raise ConfigError(f"--{error}") from error
 
 

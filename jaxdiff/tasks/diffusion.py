@@ -128,8 +128,27 @@ class DiffusionTask:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """[h w c] of an image."""
-        return (self.config.data.image_size, self.config.data.image_size, self.config.data.channels)
+        """[h w c] of an image: as trained, or of a fine-tuned Stable Diffusion as asked for (`with_size`)."""
+        side, channels = self.config.data.image_size, self.config.data.channels
+        if self.pretrained is None:
+            return side, side, channels
+        return self.pretrained.model.height, self.pretrained.model.width, channels
+
+    def with_size(self, height: int | None = None, width: int | None = None) -> "DiffusionTask":
+        """A fine-tuned Stable Diffusion for images of another size: one object a size, so that its samplers compile once.
+
+        Raises SizeError for one that the autoencoder cannot halve.
+        """
+        assert self.pretrained is not None
+        pretrained = self.pretrained.with_size(height, width)
+        size = pretrained.model.height, pretrained.model.width
+        if size == self.image_shape[:2]:
+            return self
+        return self._of_sizes.setdefault(size, dataclasses.replace(self, pretrained=pretrained))
+
+    @functools.cached_property
+    def _of_sizes(self) -> dict[tuple[int, int], "DiffusionTask"]:
+        return {}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:

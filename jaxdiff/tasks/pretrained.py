@@ -37,7 +37,7 @@ BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squared
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pretrained:
-    """An opened checkpoint for training: its networks compute and are kept as the config says; no tensor is read yet."""
+    """An opened checkpoint for training: networks and size of images as the config says; no tensor is read yet."""
 
     model: StableDiffusion
 
@@ -57,6 +57,10 @@ class Pretrained:
     def scheduler(self) -> dict[str, Any]:
         """The scheduler_config.json, with the prediction that the user has said."""
         return cast(dict[str, Any], json.loads(self.model.networks.scheduler))
+
+    def with_size(self, height: int | None = None, width: int | None = None) -> "Pretrained":
+        """The same for images of another size. Raises SizeError."""
+        return Pretrained(self.model.with_size(height, width))
 
     def load(self, part: str, shardings: Any) -> Params:
         """The parameters of a part, file to device, one tensor at a time; `shardings`: one for all, or a tree of them."""
@@ -115,7 +119,9 @@ def open_pretrained(config: Config, workdir: pathlib.Path | None = None) -> Pret
         autoencoder=opened.networks.autoencoder.clone(attention_implementation=None),
         text_encoder=opened.networks.text_encoder.clone(**how),
     )
-    return Pretrained(dataclasses.replace(opened, networks=networks, params=networks.shapes()))
+    side = config.data.image_size  # whether the autoencoder can halve it is told elsewhere, of a run's data
+    sized = dataclasses.replace(opened, height=side, width=side)
+    return Pretrained(dataclasses.replace(sized, networks=networks, params=networks.shapes()))
 
 
 def resolved(config: Config, pretrained: Pretrained) -> Config:

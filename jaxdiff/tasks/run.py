@@ -23,10 +23,14 @@ from jaxdiff.tasks.first_stage import load_first_stage
 from jaxdiff.tasks.make import Parts, Task, at_step, make_task
 from jaxdiff.tasks.pretrained import frozen_on_devices, keep_pretrained, open_pretrained
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask
+from jaxdiff.tasks.stable_diffusion import SizeError
 from jaxdiff.tasks.text_model import load_text_model
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.sharding import make_mesh
 from jaxdiff.weights.tokenizer import Tokenizer
+
+Size = tuple[int | None, int | None]  # height and width of images; None: as trained
+AS_TRAINED: Size = (None, None)
 
 
 def read_config(workdir: pathlib.Path) -> Config:
@@ -59,6 +63,12 @@ class Run:
         if not isinstance(self.task, DiffusionTask):
             raise ConfigError(f"only a diffusion model can do that, and this run is of task {self.task.config.task!r}")
         return self.task.image_model
+
+    def with_size(self, height: int | None = None, width: int | None = None) -> "Run":
+        """The same run for images of another size. Raises SizeError where it can make none: only Stable Diffusion can."""
+        if not isinstance(self.task, DiffusionTask) or self.task.pretrained is None:
+            raise _one_size((height, width))
+        return dataclasses.replace(self, task=self.task.with_size(height, width))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -167,7 +177,7 @@ class Run:
         The request: labels, `text(...)`, None, or a `Request` with more than that. `strength`: of a request with an image.
         """
         settings = settings or self.task.config.sampling
-        mesh = mesh or make_mesh(dataclasses.replace(self.task.config.sharding, mode="jit", fsdp=1))
+        mesh = mesh or sampling_mesh(self.task.config)
         asked = request.condition if isinstance(request, Request) else request
         sample = self.task.make_sample(settings, asked is not None and self.task.is_guided(settings))
         generate = make_generator(sample, mesh, settings.batch_per_device)
@@ -188,11 +198,14 @@ class Run:
         return gathered(self.generate(seeds, request, settings, mesh, strength), len(seeds))
 
 
-def load_run(workdir: str | pathlib.Path) -> Run:
-    """Open a run to make images with its newest checkpoint. Raises ConfigError or CheckpointError with one clear line."""
+def load_run(workdir: str | pathlib.Path, height: int | None = None, width: int | None = None) -> Run:
+    """Open a run to make images with its newest checkpoint. Raises ConfigError or CheckpointError with one clear line.
+
+    height, width: of images, in the place of what it was trained for, where training began from Stable Diffusion.
+    """
     workdir = pathlib.Path(workdir)
     class_names = read_class_names(workdir)
-    task, step, params, kept = restore_run(workdir)
+    task, step, params, kept = restore_run(workdir, (height, width))
     return Run(at_step(task, step), whole(task, params), step, class_names, tuple(kept))
 
 
@@ -208,10 +221,10 @@ def read_class_names(workdir: pathlib.Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def restore_run(workdir: pathlib.Path) -> tuple[Task, int, Any, list[str]]:
+def restore_run(workdir: pathlib.Path, size: Size = AS_TRAINED) -> tuple[Task, int, Any, list[str]]:
     """Task, step, moving average of the trained parameters, and captions of the newest checkpoint. Raises as `load_run` does."""
     config = read_config(workdir)
-    parts, kept = read_parts(config, workdir)
+    parts, kept = read_parts(config, workdir, size)
     task = make_task(config, parts)
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -220,19 +233,34 @@ def restore_run(workdir: pathlib.Path) -> tuple[Task, int, Any, list[str]]:
     return task, step, items["ema_params"], kept
 
 
-def read_parts(config: Config, workdir: pathlib.Path) -> tuple[Parts, list[str]]:
+def read_parts(config: Config, workdir: pathlib.Path, size: Size = AS_TRAINED) -> tuple[Parts, list[str]]:
     """What a run keeps in its workdir besides config and checkpoints, and its captions. Raises ConfigError."""
+    if size != AS_TRAINED and not config.model.pretrained:
+        raise _one_size(size)
     if config.task != "diffusion":
         return Parts(), []
     tokenizer, kept = captions.read(workdir) if config.text.enabled else (None, [])
     if config.model.pretrained:
         pretrained = open_pretrained(config, workdir)
+        if size != AS_TRAINED:  # before a tensor is read
+            pretrained = pretrained.with_size(*size)
+            pretrained.model.check_room(sampling_mesh(config))
         sha256 = keep_pretrained(pretrained, config, workdir, write=False)
         stage, text_model, unet = frozen_on_devices(pretrained, config, sha256, pretrained.first_stage(), mesh=None)
         return Parts(text_model.tokenizer, stage, text_model, pretrained, unet), kept
     own = load_first_stage(workdir / AUTOENCODER) if config.autoencoder else None
     own_text = load_text_model(workdir) if config.text.pretrained else None
     return Parts(tokenizer if own_text is None else own_text.tokenizer, own, own_text), kept
+
+
+def _one_size(size: Size) -> SizeError:
+    name = "height" if size[0] is not None else "width"
+    return SizeError(f"{name} goes with --model, and with runs that began from one: this run has its own")
+
+
+def sampling_mesh(config: Config) -> Mesh:
+    """The devices that make a run's images, each with all parameters."""
+    return make_mesh(dataclasses.replace(config.sharding, mode="jit", fsdp=1))
 
 
 def whole(task: Task, params: Any) -> Any:

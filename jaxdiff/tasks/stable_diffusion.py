@@ -100,6 +100,10 @@ READ = {  # what `unet_from_config` makes use of, and what changes nothing
 }
 
 
+class SizeError(ConfigError):
+    """Images of a size that a model cannot make; it begins with `height` or `width`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Networks:
     """The three networks with what lies between them; equal ones share their compiled programs."""
@@ -203,15 +207,13 @@ class StableDiffusion:
         return _image_model(self.networks, self.height, self.width)
 
     def with_size(self, height: int | None = None, width: int | None = None) -> "StableDiffusion":
-        """The same model for images of another size. Raises ConfigError for one that the autoencoder cannot halve."""
+        """The same model for images of another size. Raises SizeError for one that the autoencoder cannot halve."""
         height, width = self.height if height is None else height, self.width if width is None else width
         multiple = self.networks.multiple
         for name, value in (("height", height), ("width", width)):
             if value < multiple or value % multiple or value > LARGEST:
                 near = min(max(1, round(value / multiple)) * multiple, LARGEST // multiple * multiple)
-                raise ConfigError(
-                    f"{name} {value}: this model makes images of multiples of {multiple} pixels, as {near}"
-                )
+                raise SizeError(f"{name} {value}: this model makes images of multiples of {multiple} pixels, as {near}")
         return dataclasses.replace(self, height=height, width=width)
 
     def with_lora(self, path: str | pathlib.Path, scale: float = 1.0) -> "StableDiffusion":
@@ -238,6 +240,20 @@ class StableDiffusion:
         Raises ConfigError before it reads any where a device has no room for them and for making one image of this size.
         """
         mesh = mesh or make_mesh(ShardingConfig())
+        placed, params = self.check_room(mesh), {}
+        for part, component in PARTS.items():
+            try:
+                loaded = load_params(self.checkpoint, component, placed[part])
+            except (OSError, ValueError) as error:  # the file is not what it was when it was opened
+                raise ConfigError(str(error)) from error
+            params[part] = self._adapted(part, loaded)
+        return dataclasses.replace(self, params=params)
+
+    def check_room(self, mesh: Mesh) -> dict[str, Any]:
+        """Shapes of the parameters as they will lie on the devices.
+
+        Raises ConfigError where one has no room for them and for making one image of this size.
+        """
         placed = {}
         for part in PARTS:
             shapes = self.params[part]
@@ -251,14 +267,7 @@ class StableDiffusion:
         latents = jax.ShapeDtypeStruct((1, *self.model.latent_shape), jnp.float32)
         activations = least_activations(self.model.decode, self.params, latents)
         check_room(placed, mesh.local_devices[0], len(mesh.local_devices), activations)
-        params = {}
-        for part, component in PARTS.items():
-            try:
-                loaded = load_params(self.checkpoint, component, placed[part])
-            except (OSError, ValueError) as error:  # the file is not what it was when it was opened
-                raise ConfigError(str(error)) from error
-            params[part] = self._adapted(part, loaded)
-        return dataclasses.replace(self, params=params)
+        return placed
 
     def _adapted(self, part: str, params: Params) -> Params:
         """The parameters of a part with its LoRA merged: as many, of the same dtypes and in the same places."""

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
+import sample
+from jaxdiff import text_to_image
 from jaxdiff.config import ConfigError, SamplingConfig, default_config, to_config, to_json
 from jaxdiff.data.latents import open_latents
 from jaxdiff.files import write_text
@@ -21,7 +25,7 @@ from jaxdiff.tasks.first_stage import load_first_stage
 from jaxdiff.tasks.latents import encode_data
 from jaxdiff.tasks.pretrained import frozen_on_devices, keep_pretrained, open_pretrained, resolved
 from jaxdiff.tasks.run import load_run, restore_run
-from jaxdiff.tasks.stable_diffusion import PARTS, load_stable_diffusion, open_stable_diffusion
+from jaxdiff.tasks.stable_diffusion import PARTS, SizeError, load_stable_diffusion, open_stable_diffusion
 from jaxdiff.tasks.train import train_run
 from jaxdiff.training.checkpoints import Checkpoints
 from jaxdiff.training.sharding import make_mesh, make_runner, state_shardings
@@ -240,6 +244,64 @@ def test_what_is_exported_is_what_the_run_samples_with(run, checkpoint, tmp_path
         "one.safetensors",
         "sd",
     ]
+
+
+def test_a_run_makes_images_of_other_sizes_as_the_exported_folder_does(run, tmp_path, monkeypatch):
+    """By the command, and in a notebook; of a size asked for twice the sampler is the same, and so compiles once."""
+    export_run(run, tmp_path / "sd")
+    sd, opened = load_stable_diffusion(tmp_path / "sd", mesh=small.one_device()), load_run(run)
+    settings = dataclasses.replace(opened.settings, steps=2)
+    expected = text_to_image(sd.with_size(24, 8), ["a cat"], [3], settings=settings)
+    assert expected.shape == (1, 24, 8, 3)
+    ours = text_to_image(opened.with_size(24, 8), ["a cat"], [3], settings=settings, mesh=small.one_device())
+    np.testing.assert_allclose(ours, expected, atol=1)
+    flags = ["--prompt=a cat", "--seed=3", "--num=1", "--steps=2", "--height=24", "--width=8"]
+    monkeypatch.setattr("jaxdiff.tasks.run.make_mesh", lambda config: small.one_device())
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--workdir={run}", f"--npz={tmp_path / 'x.npz'}", *flags])
+    sample.main()
+    np.testing.assert_allclose(np.load(tmp_path / "x.npz")["images"], expected, atol=1)
+    assert opened.with_size(24, 8).model is opened.with_size(24, 8).model and opened.with_size().model is opened.model
+    assert load_run(run, width=8).model.image_shape == (tiny.SIDE, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--height=17", "--height 17: this model makes images of multiples of 2 pixels, as 16"),
+        ("--height=16 --width=0", "--width 0: this model makes images of multiples of 2 pixels, as 2"),
+        (
+            "--height=8192 --width=8192",
+            "the parameters need .* and one image at least .* more, .*: make smaller images",
+        ),
+        ("--dtype=float16 --height=24", "--dtype goes with --model, and a run has its own"),
+    ],
+)
+def test_a_size_that_a_run_cannot_make_is_refused_before_a_tensor_is_read(run, monkeypatch, capsys, flags, message):
+    def load(*args):
+        raise AssertionError("nothing may be loaded")
+
+    monkeypatch.setattr("jaxdiff.tasks.pretrained.load_params", load)
+    monkeypatch.setattr("jaxdiff.tasks.memory.device_memory", lambda device, sharing: 2**30)
+    assert refusal(monkeypatch, capsys, f"--workdir={run} {flags}", message)
+
+
+def test_a_run_that_did_not_begin_from_stable_diffusion_keeps_its_size(lora_task, run, tmp_path, monkeypatch, capsys):
+    write_text(tmp_path / "config.json", to_json(to_config(default_config())))
+    own = "goes with --model, and with runs that began from one: this run has its own"
+    assert refusal(monkeypatch, capsys, f"--workdir={tmp_path} --height=24", f"--height {own}")
+    assert refusal(monkeypatch, capsys, f"--workdir={tmp_path} --width=24", f"--width {own}")
+    plain = dataclasses.replace(load_run(run), task=dataclasses.replace(lora_task, pretrained=None))
+    with pytest.raises(SizeError, match=f"width {own}"):
+        plain.with_size(width=24)
+
+
+def refusal(monkeypatch, capsys, flags, message):
+    """Whether sample.py ends with one line that says so."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--prompt=a", *flags.split()])
+    with pytest.raises(SystemExit) as caught:
+        sample.main()
+    error = capsys.readouterr().err
+    return caught.value.code == 2 and error.count("\n") == 1 and re.match(f"error: {message}", error)
 
 
 def test_nothing_is_written_over_and_nothing_half(run, tmp_path, monkeypatch):
