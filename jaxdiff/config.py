@@ -189,7 +189,7 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop."""
 
-    batch_size: int = 128  # over all devices
+    batch_size: int = 128  # over all devices, which need not divide it
     num_steps: int = 800_000
     accumulation_steps: int = 1  # micro-batches a step
     log_every: int = 100

@@ -44,6 +44,14 @@ LOSSES = ("simple", "min_snr", "vlb", "hybrid")
 HYBRID_WEIGHT = 0.001  # of the bound, beside L_simple
 
 
+def batch_mean(values: Float[Array, " b *s"], weight: Float[Array, " b"] | None = None) -> Float[Array, ""]:
+    """Mean over the examples of a batch, weighted where some fill it up only: weights are 1 on average over the whole batch.
+
+    Not divided by the sum of the weights: of a device's share they may all be 0, and means over shares are averaged in turn.
+    """
+    return values.mean() if weight is None else (_mean_over_patches(values) * weight).mean()
+
+
 def squared_error(predicted: Float[Array, " b *s"], target: Float[Array, " b *s"]) -> Float[Array, " b"]:
     """Mean squared error of each image."""
     return ((predicted - target) ** 2).mean(tuple(range(1, target.ndim)))

@@ -25,6 +25,16 @@ def close(actual, desired, rtol=1e-5, atol=1e-6):
     np.testing.assert_allclose(np.asarray(actual), np.asarray(desired), rtol=rtol, atol=atol)
 
 
+def test_the_weighted_mean_is_that_of_the_examples_that_count():
+    """Of a batch as a whole, and as the mean of what two devices find, of which one has nothing that counts."""
+    values = jnp.asarray([[1.0, 3.0], [4.0, 6.0], [100.0, 100.0], [7.0, 7.0]])
+    weight = jnp.asarray([2.0, 2.0, 0.0, 0.0])
+    close(losses.batch_mean(values, weight), values[:2].mean())
+    halves = [losses.batch_mean(values[part], weight[part]) for part in (slice(0, 2), slice(2, 4))]
+    close(sum(halves) / 2, values[:2].mean())
+    close(losses.batch_mean(values), values.mean())
+
+
 def gaussian_images(count, seed=0):
     return MEAN + STD * jax.random.normal(jax.random.key(seed), (count, 1, 2, 1))
 

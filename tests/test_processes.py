@@ -37,6 +37,7 @@ TINY = {
     "training.sample_every": 0,
     "sampling.num_images": 6,
 }
+FIVE = {"five on four": (2, 2), "five on one": (1, 1)}  # processes, devices of each
 
 
 @pytest.fixture
@@ -240,6 +241,15 @@ def test_four_processes_are_the_same_run(alone):
 
 
 @pytest.mark.slow
+def test_processes_that_do_not_divide_the_batch_are_the_same_run(alone):
+    """Five images on two processes of two devices: the second has one, and repeats of what the first has."""
+    runs = {name: train(alone, name, *where, "--config.training.batch_size=5") for name, where in FIVE.items()}
+    np.testing.assert_allclose(losses(runs["five on four"][0]), losses(runs["five on one"][0]), rtol=1e-5)
+    assert "6 steps of 5 images (and 3 repeated with weight 0, for all devices" in runs["five on four"][1][0]
+    assert "6 steps of 5 images, seed" in runs["five on one"][1][0]
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_devices_and_sharding(alone, two):
     """Two steps by two processes with FSDP, two by one device, two by four processes without FSDP: the same losses."""
     for steps, count, devices, fsdp in ((2, 2, 2, 4), (4, 1, 1, 1), (6, 4, 1, 1)):  # as the other tests: compiled once
@@ -347,13 +357,13 @@ def test_two_processes_that_stop_in_a_fade_go_on_bit_for_bit(growing):
 
 @pytest.mark.slow
 def test_a_mistake_that_all_processes_find_is_a_line_and_status_2(alone):
-    argv = [f"--config={alone / 'tiny.py'}", f"--workdir={alone / 'wrong'}", "--config.training.batch_size=5"]
+    argv = [f"--config={alone / 'tiny.py'}", f"--workdir={alone / 'wrong'}", "--config.sharding.fsdp=3"]
     started = start("train.py", argv, 2, 2, alone / "wrong.log")
     assert [process.wait(120) for process in started] == [2, 2], said(alone / "wrong.log", 0) + said(
         alone / "wrong.log", 1
     )
     for number in range(2):
-        assert "error: config.training.batch_size = 5 must be divisible by 4 devices" in said(
+        assert "error: config.sharding.fsdp = 3 must divide the number of devices, 4" in said(
             alone / "wrong.log", number
         )
     assert not (alone / "wrong").exists()

@@ -4,7 +4,8 @@
 
 where B is the global batch size and `order` is Grain's shuffle of every epoch's indices, computed index by index:
 starting at batch 1,000,000 costs nothing, and a resumed run needs the step alone. Where the size of the batches changes in the
-course of a run, a loader for each size goes on in the same order.
+course of a run, a loader for each size goes on in the same order. A batch that devices could not share out evenly is padded with
+its own first examples, which have weight 0.
 """
 
 import collections
@@ -30,7 +31,8 @@ from jaxdiff.data.transforms import (
 )
 
 CROPS = ("centre", "random")
-Batch = dict[str, Any]  # image: uint8 [b s s c]; label: int32 [b]; index: int32 [b]; text: object [b], if known
+# image: uint8 [b s s c]; label: int32 [b]; index: int32 [b]; text: object [b], if known; weight: float32 [b], if padded
+Batch = dict[str, Any]
 
 
 class Loader:
@@ -41,7 +43,8 @@ class Loader:
     with `flip`, mirrored with probability 1/2. Resized images of one size are kept in memory after their first decoding as long
     as the whole source then fits into `memory_limit` bytes. `shrink_by`: each block of so many by so many pixels of what was
     cut becomes its mean, one pixel. `begin` = (n, i): batch n begins with number i of the endless order, instead of batch 0 with
-    number 0.
+    number 0. `padded_size`: what batches are filled up to (None: not at all); then "weight" is 0 for what is repeated, equal for
+    the rest, and 1 on average, so that the mean of weight x loss over all rows, or of means over shares, is the examples' mean.
     """
 
     def __init__(
@@ -60,7 +63,9 @@ class Loader:
         memory_limit: int = 2**30,
         shrink_by: int = 1,
         begin: tuple[int, int] = (0, 0),
+        padded_size: int | None = None,
     ):
+        size = padded_size or batch_size
         _check(len(source) > 0, f"{source.describe()}: there is no image to load")
         _check(batch_size > 0, f"batch_size must be at least 1, not {batch_size}")
         _check(image_size > 0, f"image_size must be at least 1, not {image_size}")
@@ -68,16 +73,21 @@ class Loader:
         _check(crop in CROPS, f"crop must be one of {', '.join(CROPS)}, not {crop!r}")
         _check(0 <= seed < 2**32, f"seed must be from 0 to 2^32 - 1, not {seed}")
         _check(0 <= process_index < process_count, f"process_index {process_index} is not below {process_count}")
-        even = batch_size % process_count == 0
-        _check(even, f"batch_size {batch_size} is not divisible by the {process_count} processes")
+        _check(size >= batch_size, f"padded_size {size} is below batch_size {batch_size}")
+        name = "batch_size" if size == batch_size else "padded_size"
+        _check(size % process_count == 0, f"{name} {size} is not divisible by the {process_count} processes")
         fits = shrink_by > 0 and image_size % shrink_by == 0
         _check(fits, f"shrink_by {shrink_by} does not divide image_size {image_size}")
         self.source, self.batch_size, self.seed = source, batch_size, seed
         self.image_size, self.channels, self.crop, self.flip = image_size, channels, crop, flip
         self.num_threads = num_threads or min(4, os.cpu_count() or 1)
         self.shrink_by, self.begin = shrink_by, begin
-        share = batch_size // process_count
-        self._positions = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
+        share = size // process_count
+        rows = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
+        self._positions = rows % batch_size
+        self._weight = (
+            np.where(rows < batch_size, size / batch_size, 0).astype(np.float32) if size > batch_size else None
+        )
         self._order = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()
         self._memory = _Memory.for_source(source, self._canvas_shape(), memory_limit)
 
@@ -89,6 +99,8 @@ class Loader:
         rows = [self._row(self._order[i], u) for i, u in zip(places, self._uniforms(n), strict=True)]
         label = np.array([row["label"] for row in rows], np.int32)
         batch = self._gather(rows) | {"label": label, "index": self._positions.copy()}
+        if self._weight is not None:
+            batch["weight"] = self._weight.copy()
         if self.source.has_text:
             batch["text"] = np.array([row["text"] for row in rows], object)
         return batch

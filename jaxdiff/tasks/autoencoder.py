@@ -34,7 +34,7 @@ from jaxdiff.models.vae import AutoencoderKL
 from jaxdiff.progress import progress_bar
 from jaxdiff.tasks.first_stage import FOLDER, save_first_stage
 from jaxdiff.tasks.perceptual import Perceptual, load_perceptual, network_of
-from jaxdiff.training.adversarial import AdversarialState, Objective, make_adversarial_update
+from jaxdiff.training.adversarial import AdversarialState, Objective, Weight, make_adversarial_update
 from jaxdiff.training.loop import Trainable
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxdiff.training.sharding import replicated
@@ -166,16 +166,17 @@ class AutoencoderTask:
             """Every example draws from a key of its own, so that sharding changes nothing."""
             x, keys = from_uint8(batch["image"]), jax.vmap(jax.random.fold_in, (None, 0))(key, batch["index"])
             posterior = self.encode(params, x)
-            kl = posterior.kl_to_standard().mean()
+            kl = losses.batch_mean(posterior.kl_to_standard(), batch.get("weight"))
             x_hat = self.decode(params, posterior.sample(keys))
             return (x_hat, settings.kl_weight / dimensions * kl), (x, {"kl": kl / latents})
 
-        def reconstruction(frozen: Any, x: Array, x_hat: Array) -> tuple[Array, Metrics]:
-            value = error(x_hat, x).mean()
+        def reconstruction(frozen: Any, x: Array, x_hat: Array, weight: Weight) -> tuple[Array, Metrics]:
+            mean = functools.partial(losses.batch_mean, weight=weight)
+            value = mean(error(x_hat, x))
             squared = losses.squared_error(jnp.clip(x_hat, -1, 1), x)
-            metrics = {"reconstruction": value, "psnr": 10 * jnp.log10(4 / jnp.maximum(squared, 1e-10)).mean()}
+            metrics = {"reconstruction": value, "psnr": 10 * mean(jnp.log10(4 / jnp.maximum(squared, 1e-10)))}
             if perceptual is not None:
-                metrics["perceptual"] = perceptual.distance(frozen, x_hat, x).mean()
+                metrics["perceptual"] = mean(perceptual.distance(frozen, x_hat, x))
                 value = value + settings.perceptual_weight * metrics["perceptual"]
             return value, metrics
 
@@ -183,12 +184,13 @@ class AutoencoderTask:
             assert discriminator is not None
             return cast(Array, discriminator.apply({"params": params}, x))
 
-        def generator(params: Params, x_hat: Array) -> Array:
-            return for_generator(judge(params, x_hat)).mean()
+        def generator(params: Params, x_hat: Array, weight: Weight) -> Array:
+            return losses.batch_mean(for_generator(judge(params, x_hat)), weight)
 
-        def discriminate(params: Params, x: Array, x_hat: Array) -> tuple[Array, Metrics]:
+        def discriminate(params: Params, x: Array, x_hat: Array, weight: Weight) -> tuple[Array, Metrics]:
             real, fake = judge(params, x), judge(params, x_hat)
-            return for_discriminator(real, fake).mean(), {"logits_real": real.mean(), "logits_fake": fake.mean()}
+            mean = functools.partial(losses.batch_mean, weight=weight)
+            return mean(for_discriminator(real, fake)), {"logits_real": mean(real), "logits_fake": mean(fake)}
 
         return Objective(
             reconstruct,

@@ -26,7 +26,7 @@ from jaxdiff.generation.generate import Sample, from_uint8, make_generator
 from jaxdiff.generation.image_model import ImageModel, Known
 from jaxdiff.generation.masks import random_mask
 from jaxdiff.generation.pictures import image_grid
-from jaxdiff.losses import diffusion_loss
+from jaxdiff.losses import batch_mean, diffusion_loss
 from jaxdiff.models.gaussian import Gaussian
 from jaxdiff.models.lora import init_factors, merge, target_kernels
 from jaxdiff.models.text_encoder import CLIPTextEncoder
@@ -362,7 +362,8 @@ class DiffusionTask:
             floor=config.min_snr_floor,
         )
         parts = ("mse", "vlb") if config.loss != "simple" else ()  # of which the loss consists
-        return losses.mean(), {name: metrics[name].mean() for name in parts if name in metrics}
+        mean = functools.partial(batch_mean, weight=batch.get("weight"))
+        return mean(losses), {name: mean(metrics[name]) for name in parts if name in metrics}
 
     def denoiser(self, params: Params) -> Denoiser:
         """The denoiser with these parameters, as a function of (x_t, t, condition)."""

@@ -62,6 +62,11 @@ class Run:
         """The one that is looked at."""
         return (self.trainable.stages or (Stage("", 0, self.config.training.batch_size),))[-1]
 
+    @property
+    def examples(self) -> dict[str, np.ndarray]:
+        """The first batch without what fills it up."""
+        return {name: value[: self.stage.batch_size] for name, value in self.batch.items()}
+
     @functools.cached_property
     def state(self) -> Any:
         """Shapes of the training state."""
@@ -99,7 +104,7 @@ def preflight(config: Config, workdir: pathlib.Path, target: str | None = None) 
     slice_ = open_target(target) if target else None
     run = _open(config, workdir, slice_)
     print(describe(run.task, run.source, run.mesh, workdir), flush=True)
-    save_png(workdir / PICTURE, picture(run.batch))
+    save_png(workdir / PICTURE, picture(run.examples))
     _say("first batch", f"in {workdir / PICTURE}")
     if run.stage.name:
         _say("stage", f"of what follows, {run.stage.name}: the last and largest, in batches of {run.stage.batch_size}")
@@ -165,7 +170,7 @@ def picture(batch: dict[str, np.ndarray]) -> UInt8[np.ndarray, "height width c"]
 def _operations(run: Run) -> float | None:
     """Of one step over all devices, forwards and backwards."""
     update = plain_update(run.config, run.parts, run.mesh, max(0, len(run.trainable.stages) - 1))
-    return flops_of(update, run.state, _shapes(run.batch), jax.eval_shape(jax.random.key, 0), *run.frozen)
+    return flops_of(update, run.state, _shapes(run.examples), jax.eval_shape(jax.random.key, 0), *run.frozen)
 
 
 def expected_traffic(run: Run) -> dict[str, int]:

@@ -34,7 +34,7 @@ from jaxdiff.training import loop
 from jaxdiff.training.lock import holding
 from jaxdiff.training.log import read_metrics
 from jaxdiff.training.processes import is_first
-from jaxdiff.training.sharding import check_batch, make_mesh
+from jaxdiff.training.sharding import make_mesh, padded_size
 from jaxdiff.weights.tokenizer import Tokenizer
 
 
@@ -107,7 +107,8 @@ def _make_loader(config: Config, source: Source, batch_size: int, **options: Any
 def _make_loaders(config: Config, source: Source, mesh: Mesh) -> list[Loader]:
     """A loader for each stage of the run. Raises ConfigError where its batches cannot be shared out evenly."""
     if config.task != "progressive_gan":
-        return [_make_loader(config, source, config.training.batch_size)]
+        size = padded_size(config.training.batch_size, config.training.accumulation_steps, mesh)
+        return [_make_loader(config, source, config.training.batch_size, padded_size=size)]
     task, loaders = ProgressiveGANTask(config), []
     task.separate_devices(mesh)
     parts = config.progressive_gan.stddev_parts
@@ -118,8 +119,13 @@ def _make_loaders(config: Config, source: Source, mesh: Mesh) -> list[Loader]:
             file=sys.stderr,
         )
     for stage, options in task.loading():
-        name = f"progressive_gan.batch_sizes at {stage.name}" if config.progressive_gan.batch_sizes else None
-        check_batch(stage.batch_size, 1, mesh, name or "training.batch_size")
+        if stage.batch_size % mesh.size:
+            of_stages = config.progressive_gan.batch_sizes
+            name = f"progressive_gan.batch_sizes at {stage.name}" if of_stages else "training.batch_size"
+            raise ConfigError(
+                f"config.{name} = {stage.batch_size} must be divisible by {mesh.size} devices, for a progressive GAN judges a "
+                f"batch's images together and none can fill it up: {padded_size(stage.batch_size, 1, mesh)} would do"
+            )
         loaders.append(_make_loader(config, source, stage.batch_size, **options))
     return loaders
 
@@ -176,12 +182,16 @@ def describe(task: Task, source: Source, mesh: Mesh, workdir: pathlib.Path) -> s
     config = task.config
     shapes = jax.eval_shape(task.init, jax.random.key(0))
     parameters = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    size, padded = config.training.batch_size, ""
+    repeated = padded_size(size, config.training.accumulation_steps, mesh) - size
+    if repeated and config.task != "progressive_gan":
+        padded = f" (and {repeated} repeated with weight 0, for all devices to have as many)"
     kinds = ", ".join(sorted({device.device_kind for device in mesh.devices.flat}))
     lines = {
         "data": source.describe(),
         **task.describe(),
         "parameters": f"{parameters:,}",
-        "training": f"{config.training.num_steps:,} steps of {config.training.batch_size} images, seed {config.seed}",
+        "training": f"{config.training.num_steps:,} steps of {size} images{padded}, seed {config.seed}",
         "devices": f"{mesh.size} x {kinds} ({config.sharding.mode}, data {mesh.shape['data']}, fsdp {mesh.shape['fsdp']})"
         + f", {jax.process_count()} processes" * (jax.process_count() > 1),
         "workdir": str(workdir),
@@ -206,8 +216,6 @@ def open_run(
     config: Config, workdir: pathlib.Path, mesh: Mesh
 ) -> tuple[Config, Source, list[Loader], Pretrained | None]:
     """What data and checkpoint say of a run: its config, resolved; source, loaders and checkpoint. Raises ConfigError."""
-    if config.task != "progressive_gan":  # whose batches depend on its stages
-        check_batch(config.training.batch_size, config.training.accumulation_steps, mesh)
     platform = mesh.devices.flat[0].platform
     if config.model.attention_implementation == "cudnn" and platform != "gpu":
         raise ConfigError(
@@ -242,7 +250,8 @@ def make_batches(
             told = {"label": batch["label"]}
             if tokenizer is not None:
                 told = {"tokens": captions.tokens_of(tokenizer, batch["text"])[0]}
-            shown: dict[str, np.ndarray] = {name: batch[name] for name in ("image", "moments") if name in batch}
+            names = ("image", "moments", "weight")
+            shown: dict[str, np.ndarray] = {name: batch[name] for name in names if name in batch}
             yield {**shown, "index": batch["index"], **told}
     except ValueError as error:
         raise ConfigError(f"config.data: {error}") from error

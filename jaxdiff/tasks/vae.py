@@ -20,6 +20,7 @@ from jaxdiff.generation.generate import Sample, from_uint8, make_generator, to_u
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import (
     autoencoder_elbo,
+    batch_mean,
     bernoulli_log_likelihood,
     discretized_normal_log_likelihood,
     iwae_bound,
@@ -113,8 +114,9 @@ class VAETask:
         reconstruction = self.log_likelihood(params, x, posterior.sample(keys))
         bound = autoencoder_elbo(reconstruction, posterior, vae.beta, vae.free_bits)
         kl = posterior.kl_to_standard()
-        metrics = {"elbo": (reconstruction - kl).mean(), "kl": kl.mean(), "reconstruction": reconstruction.mean()}
-        return nats_to_bits_per_dim(bound, self.dimensions).mean(), metrics
+        mean = functools.partial(batch_mean, weight=batch.get("weight"))
+        metrics = {"elbo": mean(reconstruction - kl), "kl": mean(kl), "reconstruction": mean(reconstruction)}
+        return mean(nats_to_bits_per_dim(bound, self.dimensions)), metrics
 
     def likelihoods(self, ode_steps: int) -> dict[str, Any]:
         """Functions (params, images, requests, keys) -> {name: a number for each image}, by a note on what they do."""

@@ -21,6 +21,7 @@ from jaxdiff.training.step import moving_average
 
 Images = Float[Array, "b h w c"]
 Scalar = Float[Array, ""]
+Weight = Float[Array, " b"] | None  # of each example, as in `batch_mean`
 WATCHED = ("discriminator_loss", "discriminator_grad_norm")
 
 
@@ -39,18 +40,18 @@ class AdversarialState:
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What the two players minimise; every scalar is a mean over the examples of a batch."""
+    """What the two players minimise; every scalar is a `batch_mean` over the examples of a batch."""
 
     reconstruct: Callable[[Params, Batch, Key[Array, ""]], tuple[tuple[Images, Scalar], tuple[Images, Metrics]]]
     """(params, batch, key) -> (reconstructions, KL term), (images, metrics)"""
-    reconstruction: Callable[[Any, Images, Images], tuple[Scalar, Metrics]]
-    """(frozen, images, reconstructions) -> how much they differ"""
+    reconstruction: Callable[[Any, Images, Images, Weight], tuple[Scalar, Metrics]]
+    """(frozen, images, reconstructions, weight) -> how much they differ"""
     last_kernel: Callable[[Params], Array]
     """The decoder's last kernel, of parameters or of their gradient"""
-    generator: Callable[[Params, Images], Scalar] | None = None
-    """(discriminator's params, reconstructions) -> small where they pass for real; None: there is no discriminator"""
-    discriminator: Callable[[Params, Images, Images], tuple[Scalar, Metrics]] | None = None
-    """(its params, images, reconstructions) -> small where it tells them apart"""
+    generator: Callable[[Params, Images, Weight], Scalar] | None = None
+    """(discriminator's params, reconstructions, weight) -> small where they pass for real; None: there is no discriminator"""
+    discriminator: Callable[[Params, Images, Images, Weight], tuple[Scalar, Metrics]] | None = None
+    """(its params, images, reconstructions, weight) -> small where it tells them apart"""
     weight: float = 0.5  # times the adaptive weight
     start: int = 0  # step at which the discriminator begins, and the autoencoder begins to care
 
@@ -74,18 +75,18 @@ def make_adversarial_update(
     def update(
         state: AdversarialState, batch: Batch, key: Key[Array, ""], frozen: Any
     ) -> tuple[AdversarialState, Metrics]:
-        step_key = jax.random.fold_in(key, state.step)
+        step_key, example_weight = jax.random.fold_in(key, state.step), batch.get("weight")
         (x_hat, regulariser), pull_back, (x, metrics) = jax.vjp(
             lambda params: objective.reconstruct(params, batch, step_key), whole(state.params), has_aux=True
         )
         difference = jax.value_and_grad(objective.reconstruction, argnums=2, has_aux=True)
-        (loss, more), towards_original = difference(whole(frozen), x, x_hat)
+        (loss, more), towards_original = difference(whole(frozen), x, x_hat, example_weight)
         metrics |= more
         direction, loss = towards_original, loss + regulariser
         players = (state.discriminator_params, state.discriminator_opt_state)
         if objective.generator is not None:
             begun = state.step >= objective.start
-            adversarial, towards_real = _judged(objective.generator, whole(players[0]), x_hat, begun)
+            adversarial, towards_real = _judged(objective.generator, whole(players[0]), x_hat, example_weight, begun)
 
             def at_last_kernel(direction: Images) -> Array:
                 gradient = pull_back((direction, jnp.zeros_like(regulariser)))[0]  # all but one leaf is never computed
@@ -94,8 +95,9 @@ def make_adversarial_update(
             weight = adaptive_weight(at_last_kernel(towards_original), at_last_kernel(towards_real))
             weight = jnp.where(begun, objective.weight * weight, 0.0)
             direction, loss = direction + weight * towards_real, loss + weight * adversarial
+            images = (x, x_hat, example_weight)
             players, theirs = _improve(
-                objective.discriminator, discriminator_optimizer, players, x, x_hat, begun, average
+                objective.discriminator, discriminator_optimizer, players, images, begun, average
             )
             metrics |= {"adversarial": adversarial, "adversarial_weight": weight, **theirs}
         gradient = average(pull_back((direction, jnp.ones_like(regulariser)))[0])
@@ -113,28 +115,28 @@ def make_adversarial_update(
 
 
 def _judged(
-    generator: Callable[[Params, Images], Scalar], params: Params, x_hat: Images, begun: Array
+    generator: Callable[[Params, Images, Weight], Scalar], params: Params, x_hat: Images, weight: Weight, begun: Array
 ) -> tuple[Scalar, Images]:
     """The generator's loss and its gradient in the reconstructions; zeros before the discriminator begins."""
     zeros = (jnp.zeros(()), jnp.zeros_like(x_hat))
-    return _once(begun, lambda: jax.value_and_grad(generator, argnums=1)(params, x_hat), zeros)
+    return _once(begun, lambda: jax.value_and_grad(generator, argnums=1)(params, x_hat, weight), zeros)
 
 
 def _improve(
-    loss: Any, optimizer: optax.GradientTransformation, players: Any, x: Images, x_hat: Images, begun: Array, average: Any
-) -> tuple[Any, Metrics]:  # fmt: skip
+    loss: Any, optimizer: optax.GradientTransformation, players: Any, images: Any, begun: Array, average: Any
+) -> tuple[Any, Metrics]:
     """The discriminator after its step, and its metrics; untouched before it begins."""
-    x_hat = jax.lax.stop_gradient(x_hat)
+    images = jax.lax.stop_gradient(images)  # reconstructions among them
 
     def step() -> tuple[Any, Metrics]:
         params, opt_state = players
-        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(whole(params), x, x_hat)
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(whole(params), *images)
         gradient = average(gradient)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
         told = dict(zip(WATCHED, (value, optax.tree.norm(gradient)), strict=True))
         return (optax.apply_updates(params, updates), opt_state), {**told, **metrics}
 
-    shapes = jax.eval_shape(lambda: loss(players[0], x, x_hat))[1]
+    shapes = jax.eval_shape(lambda: loss(players[0], *images))[1]
     nothing = {name: jnp.zeros(()) for name in (*WATCHED, *shapes)}
     return _once(begun, step, (players, nothing))
 

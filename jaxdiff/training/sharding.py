@@ -36,14 +36,10 @@ def make_mesh(config: ShardingConfig, devices: list[jax.Device] | None = None) -
     return Mesh(np.array(devices).reshape(shape), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def check_batch(batch_size: int, accumulation_steps: int, mesh: Mesh, name: str = "training.batch_size") -> None:
-    """Raise ConfigError unless every device gets the same share of every micro-batch. `name`: of the key that says its size."""
+def padded_size(batch_size: int, accumulation_steps: int, mesh: Mesh) -> int:
+    """What a batch is filled up to, with examples of weight 0, for every device to get the same share of every micro-batch."""
     needed = mesh.size * accumulation_steps
-    if batch_size % needed:
-        below = batch_size // needed * needed
-        nearest = f"{below} or {below + needed}" if below else f"{needed}"
-        by = f"{mesh.size} devices" + (f" x {accumulation_steps} accumulation steps" if accumulation_steps > 1 else "")
-        raise ConfigError(f"config.{name} = {batch_size} must be divisible by {by}: {nearest} would do")
+    return -(-batch_size // needed) * needed
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -9,7 +9,9 @@ import optax
 from jaxtyping import Array, Int
 
 Params = Any  # a pytree of arrays
-Batch = dict[str, Array]  # image uint8 [b h w c], label int32 [b], index int32 [b]: the place in the global batch
+# image uint8 [b h w c], label int32 [b], index int32 [b]: the place in the global batch; weight float32 [b] where some examples
+# are there only for all devices to have as many
+Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 

@@ -65,7 +65,7 @@ def make_update(
     accumulation_steps: int = 1,
     axis_name: str | None = None,
 ) -> Update:
-    """Build the update of a loss that is a mean over examples. `axis_name`: the pmap axis, None under jit.
+    """Build the update of a loss that is a `batch_mean` over examples. `axis_name`: the pmap axis, None under jit.
 
     The run's key is folded with the step, so that step n draws the same numbers whenever and wherever it is made.
     """

@@ -239,6 +239,8 @@ def test_the_program_ends_at_once_at_its_end_and_at_ctrl_c(interrupt):
     [
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"batch_size": 9, "process_count": 2}, "batch_size 9 is not divisible by the 2 processes"),
+        ({"batch_size": 8, "padded_size": 4}, "padded_size 4 is below batch_size 8"),
+        ({"batch_size": 7, "padded_size": 9, "process_count": 2}, "padded_size 9 is not divisible by the 2 processes"),
         ({"process_index": 2, "process_count": 2}, "process_index 2 is not below 2"),
         ({"image_size": 0}, "image_size must be at least 1"),
         ({"channels": 4}, "channels must be 1"),
@@ -251,6 +253,26 @@ def test_impossible_settings_are_named(wrong, message):
     settings = {"batch_size": 8, "seed": 0, "image_size": 8, "channels": 3} | wrong
     with pytest.raises(ValueError, match=message):
         Loader(make_source(), **settings)
+
+
+@pytest.mark.parametrize(("padded_size", "processes"), [(8, 1), (8, 4), (16, 2)])
+def test_a_padded_batch_is_the_batch_and_repeats_of_weight_0(padded_size, processes):
+    """However many processes share it out, of which some then have repeats only; random choices are repeated, too."""
+    plain = Loader(make_source(), 5, 3, **OPTIONS)
+    shares = [
+        Loader(make_source(), 5, 3, **OPTIONS, padded_size=padded_size, process_index=k, process_count=processes)
+        for k in range(processes)
+    ]
+    for n in (0, 11):
+        found = [loader[n] for loader in shares]
+        assert {len(share["weight"]) for share in found} == {padded_size // processes}
+        whole = {name: np.concatenate([share[name] for share in found]) for name in found[0]}
+        weight = whole.pop("weight")
+        assert_same(
+            whole, {name: np.resize(value, (padded_size, *value.shape[1:])) for name, value in plain[n].items()}
+        )
+        assert weight.dtype == np.float32 and (weight[:5] == weight[0]).all() and not weight[5:].any()
+        assert weight.mean() == pytest.approx(1)
 
 
 @pytest.mark.parametrize("crop", ["centre", "random"])

@@ -179,8 +179,8 @@ def test_a_missing_compiler_is_named(monkeypatch):
         (["--dry_run", "--target=v5e:2by4"], "error: --target v5e:2by4: must be a TPU slice"),
         (["--dry_run", "--target"], "error: --target: expected one argument"),
         (
-            ["--dry_run", "--config.training.batch_size=63"],
-            "error: config.training.batch_size = 63 must be divisible by",
+            ["--dry_run", "--config.sharding.fsdp=3"],
+            "error: config.sharding.fsdp = 3 must divide the number of devices, 8",
         ),
     ],
 )

@@ -17,14 +17,14 @@ def objective(discriminator, start=0):
     """Reconstructions are w x; `discriminator`: the second player's loss as a function of its number d."""
 
     def reconstruct(params, batch, key):
-        return (params["w"] * batch, jnp.zeros(())), (batch, {})
+        return (params["w"] * batch["image"], jnp.zeros(())), (batch["image"], {})
 
     return Objective(
         reconstruct,
-        reconstruction=lambda frozen, x, x_hat: (((x - x_hat) ** 2).mean(), {}),
+        reconstruction=lambda frozen, x, x_hat, weight: (((x - x_hat) ** 2).mean(), {}),
         last_kernel=lambda params: params["w"],
-        generator=lambda d, x_hat: (d["d"] * x_hat).mean(),
-        discriminator=lambda d, x, x_hat: (discriminator(d["d"]), {}),
+        generator=lambda d, x_hat, weight: (d["d"] * x_hat).mean(),
+        discriminator=lambda d, x, x_hat, weight: (discriminator(d["d"]), {}),
         start=start,
     )
 
@@ -33,7 +33,7 @@ def one_step(discriminator, start=0):
     params, d = {"w": jnp.float32(0.5)}, {"d": jnp.float32(2)}
     state = AdversarialState(jnp.int32(0), params, params, SGD.init(params), d, SGD.init(d))
     update = make_adversarial_update(objective(discriminator, start), SGD, SGD, OptimizerConfig(), lambda step: 0.1)
-    return jax.jit(update)(state, X, jax.random.key(0), {})
+    return jax.jit(update)(state, {"image": X}, jax.random.key(0), {})
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxdiff.training.sharding import (
     bytes_a_device,
-    check_batch,
     fewest_that_fit,
     fsdp_shardings,
     make_mesh,
     make_runner,
+    padded_size,
 )
 from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_update
@@ -154,13 +154,19 @@ def test_fsdp_0_looks_at_the_memory_that_there_is(monkeypatch):
     assert fitting.fitting_mesh(said, make_mesh(said.sharding), task).shape["fsdp"] == 2
 
 
-def test_impossible_meshes_and_batches_are_refused():
+def test_batches_are_filled_up_to_the_next_multiple_of_devices_and_micro_batches():
+    mesh = make_mesh(ShardingConfig())
+    found = {
+        (size, steps): padded_size(size, steps, mesh) for size, steps in ((1, 1), (8, 1), (9, 1), (40, 2), (48, 2))
+    }
+    assert found == {(1, 1): 8, (8, 1): 8, (9, 1): 16, (40, 2): 48, (48, 2): 48}
+
+
+def test_impossible_meshes_are_refused():
     with pytest.raises(ConfigError, match="must divide the number of devices, 8"):
         make_mesh(ShardingConfig(fsdp=3))
     with pytest.raises(ConfigError, match="needs config.sharding.fsdp = 1"):
         make_mesh(ShardingConfig(mode="pmap", fsdp=2))
-    with pytest.raises(ConfigError, match="divisible by 8 devices x 2 accumulation steps: 32 or 48 would do"):
-        check_batch(40, 2, make_mesh(ShardingConfig()))
 
 
 def test_devices_drop_different_activations(monkeypatch):
