@@ -16,6 +16,7 @@ least from it, and "unknown" if all differ much.
 """
 
 import argparse
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -23,8 +24,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from scipy import ndimage
 
-from jaxdiff.data.scenes import COLOURS, SHAPES, TWO_OBJECTS, parse_caption, prompts
-from jaxdiff.data.shapes import IMAGE_SIZE, ShapesSource, coverage, open_shapes
+from jaxdiff.data.nameless import chroma
+from jaxdiff.data.outlines import coverage
+from jaxdiff.data.scenes import COLOURS, SHAPES, TWO_OBJECTS, Scene, parse_caption, prompts
+from jaxdiff.data.shapes import IMAGE_SIZE, ShapesSource, open_shapes
 from jaxdiff.data.transforms import resize_shorter_side
 from jaxdiff.diffusion.samplers import SAMPLERS
 
@@ -34,12 +37,6 @@ MIN_AREA = 14 / 32**2  # smaller specks are no objects; the smallest of the sour
 SOFTNESS = (0.0, 0.5, 0.8)  # blur of the ideal silhouettes, in 32nds of the side: sampled pictures are a bit soft
 MAX_DIFFERENCE = 0.3  # a shape that differs by more than this part of its area is "unknown"
 UNIT_AREAS = {shape: float(coverage(shape, 80, 80, 50, (160, 160)).sum()) / 50**2 for shape in SHAPES}
-
-
-def chroma(colours: np.ndarray) -> Float[np.ndarray, "... 2"]:
-    """Two opponent colours of RGB: zero for every grey, length the saturation, angle the hue."""
-    red, green, blue = np.moveaxis(np.asarray(colours, np.float64), -1, 0)
-    return np.stack([red - (green + blue) / 2, (green - blue) * np.sqrt(0.75)], axis=-1)
 
 
 CHROMA = {colour: chroma(np.array(rgb)) for colour, rgb in COLOURS.items()}
@@ -88,7 +85,15 @@ def shows(found: Found, wanted: Found) -> bool:
 
 def asked_for(prompt: str) -> Found:
     """(colour, shape) of every object that a prompt names."""
-    return [(thing.colour, thing.shape) for thing in parse_caption(prompt).things]
+    return named(parse_caption(prompt))
+
+
+def named(scene: Scene) -> Found:
+    """(colour, shape) of every object; raises ValueError where one has no name."""
+    pairs = [(thing.colour, thing.shape) for thing in scene.things if thing.colour and thing.shape]
+    if len(pairs) < len(scene.things):
+        raise ValueError(f"colour and shape must both be named, and are not in {scene}")
+    return pairs
 
 
 def make_images(options: argparse.Namespace, texts: Sequence[str]) -> UInt8[np.ndarray, "n h w 3"]:
@@ -138,10 +143,12 @@ def softened(image: np.ndarray, noise: float, blur: float, rng: np.random.Genera
 def accuracy(
     source: ShapesSource, num: int, size: int, noise: float = 0.0, blur: float = 0.0
 ) -> tuple[list[bool], list[bool]]:
-    """Whether the rule finds exactly the truth: for each of the first `num` pictures with one object, and with two."""
+    """Whether the rule finds exactly the truth: for each of the first `num` pictures of named things, one or two."""
     rng, marks = np.random.default_rng(0), ([], [])
-    for i in range(num):
-        truth = [(thing.colour, thing.shape) for thing in source.scene(i).things]
+    scenes = ((i, source.scene(i)) for i in range(len(source)))
+    all_named = ((i, scene) for i, scene in scenes if all(thing.colour and thing.shape for thing in scene.things))
+    for i, scene in itertools.islice(all_named, num):
+        truth = named(scene)
         image = softened(resize_shorter_side(source[i]["image"], size), noise, blur, rng)
         marks[len(truth) - 1].append(sorted(judge(image)) == sorted(truth))
     return marks

@@ -1,6 +1,8 @@
 """Scenes of one or two coloured shapes, and the captions that describe them: caption -> facts and back.
 
-A caption always names colour and shape, and may leave out size and place: a fact that is not said is None.
+A fact that is not said is None. A caption may leave out size and place. Of a thing it names colour and shape, or only one of
+them: in training there are shapes of any paint ("a small star") and things of any outline ("a red shape"), so that what is
+learnt of colours does not hang on shapes.
 """
 
 import dataclasses
@@ -49,17 +51,29 @@ COMBINATIONS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 HELD_OUT = tuple((colour, SHAPES[2 * k % len(SHAPES)]) for k, colour in enumerate(COLOURS))
 TRAINED = tuple(pair for pair in COMBINATIONS if pair not in HELD_OUT)
 SPLITS = {"train": TRAINED, "test": TRAINED, "held_out": HELD_OUT}  # the combinations that occur in each
-TWO_OBJECTS = 1 / 3  # fraction of scenes with two objects
+TWO_OBJECTS = 1 / 3  # fraction of prompts with two objects
+ANY_SHAPE = "shape"  # the word for a thing whose outline has no name
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A star: so many points, notches at this part of the tips' radius, turned by so many radians."""
+
+    points: int
+    notch: float
+    turn: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One object of a scene; size and place are None where they are not said."""
+    """One object of a scene; a fact is None where it is not said. Paint and outline tell how a nameless one looks."""
 
-    colour: str
-    shape: str
+    colour: str | None
+    shape: str | None
     size: str | None = None
     place: str | None = None
+    paint: tuple[int, int, int] | None = None  # RGB, where the colour has no name
+    outline: Outline | None = None  # where the shape has no name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,12 +123,15 @@ def make_caption(scene: Scene, u: Float[np.ndarray, " 7"]) -> str:
 def parse_caption(caption: str) -> Scene:
     """The facts that a caption says; the inverse of `make_caption` for what it does not leave out.
 
-    Raises ValueError with one line if the caption names no coloured shape, or more than two.
+    Raises ValueError with one line if the caption names no shape, or more than two.
     """
     found = list(_THING.finditer(caption))
     if not 1 <= len(found) <= 2:
-        raise ValueError(f"caption {caption!r} names {len(found)} coloured shapes, not one or two")
-    things = [Thing(thing["colour"], thing["shape"], _SIZE_OF.get(thing["size"])) for thing in found]
+        raise ValueError(f"caption {caption!r} names {len(found)} shapes, not one or two")
+    shapes = [thing["shape"] if thing["shape"] in SHAPES else None for thing in found]
+    things = [
+        Thing(thing["colour"], shape, _SIZE_OF.get(thing["size"])) for thing, shape in zip(found, shapes, strict=True)
+    ]
     if len(things) == 1:
         place = re.search(
             r"\b(top left|top right|bottom left|bottom right|top|bottom|left|right|centre|middle)\b", caption
@@ -144,7 +161,7 @@ def prompts(split: str, num: int, seed: int = 0, two_objects: float = TWO_OBJECT
 def _name(thing: Thing, u_size: float, u_word: float) -> str:
     """A thing with its article: "a small red circle", or without the size in a quarter of all cases."""
     size = pick(SIZE_WORDS[thing.size], u_word) + " " if thing.size and u_size < 0.75 else ""
-    words = f"{size}{thing.colour} {thing.shape}"
+    words = f"{size}{thing.colour + ' ' if thing.colour else ''}{thing.shape or ANY_SHAPE}"
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
@@ -162,5 +179,5 @@ def _place_words(place: str) -> tuple[str, str]:
 
 _SIZE_OF = {word: size for size, words in SIZE_WORDS.items() for word in words}
 _THING = re.compile(
-    rf"\b(?:(?P<size>{'|'.join(_SIZE_OF)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})\b"
+    rf"\b(?:(?P<size>{'|'.join(_SIZE_OF)}) )?(?:(?P<colour>{'|'.join(COLOURS)}) )?(?P<shape>{'|'.join((*SHAPES, ANY_SHAPE))})\b"
 )

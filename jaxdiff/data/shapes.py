@@ -6,16 +6,17 @@ colour and shape) and "held_out" (only combinations that the other two never sho
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from jaxdiff.data.nameless import make_nameless
+from jaxdiff.data.outlines import coverage
 from jaxdiff.data.scenes import (
     COLOURS,
     PLACES,
     SPLITS,
-    TWO_OBJECTS,
     Scene,
     check_split,
     make_caption,
@@ -24,14 +25,13 @@ from jaxdiff.data.scenes import (
 )
 from jaxdiff.data.sources import Example, describe_source
 
+TWO_OBJECTS = 1 / 2  # fraction of pictures with two objects: more is to be learnt from those
 LENGTHS = {"train": 50_000, "test": 5_000, "held_out": 5_000}
 RADII = {"small": 4.4 / 32, "large": 6 / 32}  # in units of the image's side
 REACH = 1.2  # half the largest side of any shape of radius 1
 DROPS = {"triangle": 0.325, "star": 0.12}  # from the middle of the bounding box down to the centre, in radii
 GROUND = 128  # the grey that shapes lie on: the middle, so that nothing but shapes is there to be learnt
 IMAGE_SIZE = 64  # a loader takes 32 from it by the mean of 2x2 pixels
-
-Grid = Float[np.ndarray, "h w"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,9 +61,12 @@ class ShapesSource:
         """The scene and the numbers left over for its drawing and its caption."""
         if not 0 <= index < len(self):
             raise IndexError(f"shapes: there is no picture {index} among the {len(self):,} of split {self.split!r}")
-        u = np.random.default_rng([list(SPLITS).index(self.split), index]).random(18)
+        u = np.random.default_rng([list(SPLITS).index(self.split), index]).random(22)
         pool = SPLITS[self.split]
-        return make_scene(pick(pool, u[0]), pool, u[1] < TWO_OBJECTS, u[2:7]), u[7:18]
+        scene = make_scene(pick(pool, u[0]), pool, u[1] < TWO_OBJECTS, u[2:7])
+        if self.split != "held_out":
+            scene = make_nameless(scene, u[18:22].reshape(2, 2))
+        return scene, u[7:18]
 
     def describe(self) -> str:
         """One line: what, how many, how large, from where."""
@@ -86,23 +89,16 @@ def draw(scene: Scene, size: int = IMAGE_SIZE, jitter: np.ndarray | None = None)
         place = thing.place or (("left", "right")[k] if len(scene.things) > 1 else "centre")
         radius = RADII[thing.size or "large"]
         x, y = _centre(place, radius, len(scene.things) > 1, (0.0, 0.0) if jitter is None else jitter[k])
-        y += DROPS.get(thing.shape, 0) * radius
+        shape = thing.shape or thing.outline or "circle"
+        y += DROPS.get(thing.shape or "", 0) * radius
         reach = 1.3 * radius + 1 / size  # no part of a shape is farther: only this window of the image changes
         left, top = max(0, int((x - reach) * size)), max(0, int((y - reach) * size))
         right, bottom = (min(size, math.ceil((centre + reach) * size)) for centre in (x, y))
         window = image[top:bottom, left:right]
-        alpha = coverage(thing.shape, x * size - left, y * size - top, radius * size, window.shape[:2])[..., None]
-        window += alpha * (np.array(COLOURS[thing.colour], np.float32) - window)
+        colour = COLOURS[thing.colour] if thing.colour else thing.paint or (0, 0, 0)
+        alpha = coverage(shape, x * size - left, y * size - top, radius * size, window.shape[:2])[..., None]
+        window += alpha * (np.array(colour, np.float32) - window)
     return np.rint(image).astype(np.uint8)
-
-
-def coverage(shape: str, x: float, y: float, radius: float, image_shape: tuple[int, ...]) -> Grid:
-    """How much of each pixel a shape about (x, y) covers, 0 to 1; all lengths in pixels, (0, 0) the top left corner."""
-    rows, columns = image_shape
-    across = (np.arange(columns, dtype=np.float32) + np.float32(0.5 - x)) / np.float32(radius)
-    down = (np.arange(rows, dtype=np.float32) + np.float32(0.5 - y)) / np.float32(radius)
-    distance = DISTANCES[shape](*np.meshgrid(across, down, copy=False))
-    return np.clip(distance * np.float32(radius) + np.float32(0.5), 0, 1)
 
 
 def _centre(place: str, radius: float, beside: bool, jitter: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -111,50 +107,5 @@ def _centre(place: str, radius: float, beside: bool, jitter: Sequence[float] | n
     free = 0.25 - 0.5 / 32 - REACH * radius  # how far it can move and keep off the border
     moves = (min(0.03, free), min(0.03, free))
     if beside:  # along the line that joins the two things less, so that they never touch; across it more
-        moves = (free / 2, 0.1) if column else (0.1, free / 2)
+        moves = (free / 2, 0.05) if column else (0.05, free / 2)
     return 0.5 + 0.25 * column + moves[0] * jitter[0], 0.5 + 0.25 * row + moves[1] * jitter[1]
-
-
-def _star(points: int, outer: float, inner: float, turn: float = 0.0) -> Callable[[Grid, Grid], Grid]:
-    """Distance function of a star: tips at radius `outer` (the first one up, then `turn`), notches at `inner`.
-
-    By symmetry every point is folded into the half sector between a tip and the notch after it, where the outline is
-    one straight line. A regular polygon is the star with inner = outer cos(pi / points).
-    """
-    sector = 2 * math.pi / points
-    notch = inner * math.cos(sector / 2), inner * math.sin(sector / 2)
-    length = math.hypot(notch[0] - outer, notch[1])
-    normal = np.float32(notch[1] / length), np.float32((outer - notch[0]) / length)
-    offset = np.float32(outer * notch[1] / length)
-
-    def distance(x: Grid, y: Grid) -> Grid:
-        angle = np.arctan2(x, -y) - np.float32(turn)
-        folded = np.abs(angle - np.float32(sector) * np.rint(angle / np.float32(sector)))
-        radius = np.hypot(x, y)
-        along, beside = radius * np.cos(folded), radius * np.sin(folded)
-        return np.minimum(offset - normal[0] * along - normal[1] * beside, np.float32(outer) - along)  # or past the tip
-
-    return distance
-
-
-def _circle(x: Grid, y: Grid) -> Grid:
-    return 1 - np.hypot(x, y)
-
-
-def _square(x: Grid, y: Grid) -> Grid:
-    return np.float32(0.9) - np.maximum(np.abs(x), np.abs(y))
-
-
-def _cross(x: Grid, y: Grid) -> Grid:
-    long, short = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
-    return np.minimum(np.float32(1.08) - long, np.float32(0.36) - short)
-
-
-# Signed distance to the outline of a shape of radius 1, positive inside, y downwards.
-DISTANCES: dict[str, Callable[[Grid, Grid], Grid]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _star(3, 1.3, 0.65),
-    "star": _star(5, 1.25, 0.55),
-    "cross": _cross,
-}

@@ -5,7 +5,10 @@ import hashlib
 import numpy as np
 import pytest
 
+from benchmarks.text_followed import judge
 from jaxdiff.data.loader import Loader
+from jaxdiff.data.nameless import near_colours, near_shapes, outline_catalogue, paint_catalogue
+from jaxdiff.data.outlines import coverage
 from jaxdiff.data.scenes import (
     COLOURS,
     COMBINATIONS,
@@ -14,13 +17,14 @@ from jaxdiff.data.scenes import (
     RELATIONS,
     SHAPES,
     TRAINED,
+    Outline,
     Scene,
     Thing,
     make_caption,
     parse_caption,
     prompts,
 )
-from jaxdiff.data.shapes import GROUND, LENGTHS, RADII, coverage, draw
+from jaxdiff.data.shapes import GROUND, LENGTHS, RADII, draw
 from jaxdiff.data.sources import open_source
 
 
@@ -42,8 +46,30 @@ def test_no_held_out_combination_is_ever_in_training():
         for i in range(0, len(source), len(source) // 1500):
             scene = source.scene(i)
             combinations.update(pairs(scene))
-            assert len({thing.colour for thing in scene.things}) == len(scene.things)
-    assert seen == {"train": set(TRAINED), "test": set(TRAINED), "held_out": set(HELD_OUT)}
+            colours = [thing.colour for thing in scene.things if thing.colour]
+            assert len(set(colours)) == len(colours)
+    nameless = {(colour, None) for colour in COLOURS} | {(None, shape) for shape in SHAPES}
+    trained = set(TRAINED) | nameless
+    assert seen == {"train": trained, "test": trained, "held_out": set(HELD_OUT)}
+
+
+def test_nothing_nameless_looks_like_a_held_out_combination():
+    """By the rule on pixels that judges pictures, which knows nothing of how they were drawn."""
+    source, found = open_source("shapes"), set()
+    for i in range(1500):
+        if any(not (thing.colour and thing.shape) for thing in source.scene(i).things):
+            found.update(judge(source[i]["image"]))
+    assert not found & set(HELD_OUT)
+    assert {colour for colour, _ in found} == set(COLOURS) and {shape for _, shape in found} == {*SHAPES, "unknown"}
+
+
+def test_paints_and_outlines_without_a_name():
+    assert len({paint for paint, _ in paint_catalogue()}) == 512 and len({o for o, _ in outline_catalogue()}) == 256
+    assert set().union(*(near for _, near in paint_catalogue())) == set(COLOURS)
+    assert near_colours((200, 20, 30)) == {"red"} and near_colours((250, 250, 250)) == frozenset()
+    assert near_colours((250, 172, 25)) == {"orange", "yellow"}
+    assert near_shapes(Outline(5, 0.44, 0.0)) == {"star"} and near_shapes(Outline(3, 0.5, 0.0)) == {"triangle"}
+    assert near_shapes(Outline(3, 0.5, 1.0)) == frozenset()  # a triangle on its head
 
 
 def test_an_example_is_a_function_of_its_split_and_number_alone():
@@ -67,7 +93,7 @@ def test_facts_and_words_stay_what_they_are():
     """A run trained yesterday saw the same scenes: the numbers behind example i may not change."""
     source = open_source("shapes")
     text = "\n".join(f"{source.scene(i)} {source[i]['text']}" for i in range(0, 50_000, 500))
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "5e1f9928e25b5efa"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1ffc15325bed7044"
 
 
 def test_a_caption_says_nothing_but_the_truth_and_is_understood():
@@ -81,7 +107,7 @@ def test_a_caption_says_nothing_but_the_truth_and_is_understood():
             said["place"] += thing.place is not None
         said["things"] += len(truth.things)
     assert 0.7 < said["size"] / said["things"] < 0.8 and 0.75 < said["place"] / said["things"] < 0.85
-    assert 1.28 < said["things"] / 2000 < 1.39
+    assert 1.47 < said["things"] / 2000 < 1.53
 
 
 def test_words_for_known_scenes():
@@ -92,8 +118,11 @@ def test_words_for_known_scenes():
     assert make_caption(both, talkative) == "a large blue square to the left of a small green star"
     assert make_caption(Scene((Thing("orange", "star"),)), talkative) == "an orange star"
     assert parse_caption("A photo of an orange star in the middle") == Scene((Thing("orange", "star", None, "centre"),))
+    red, dark = Thing("red", None, "small", "left"), Thing(None, "star", "large", "right")
+    assert make_caption(Scene((red, dark)), talkative) == "a small red shape to the left of a large star"
+    assert parse_caption("a small red shape to the left of a large star") == Scene((red, dark))
     for caption, count in (("a smiling cat", 0), ("a red star, a blue star and a pink star", 3)):
-        with pytest.raises(ValueError, match=f"names {count} coloured shapes, not one or two"):
+        with pytest.raises(ValueError, match=f"names {count} shapes, not one or two"):
             parse_caption(caption)
 
 
