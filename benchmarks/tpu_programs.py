@@ -151,7 +151,8 @@ def cycles(text: str) -> dict[str, int]:
     """What the compiler expects its instructions to take, by the operation of the model they belong to; a loop's body once."""
     found: collections.Counter[str] = collections.Counter()
     for one in instructions(text):
-        if guess := re.search(r'"estimated_cycles":"(\d+)"', one.text):
+        guess = re.search(r'"estimated_cycles":"(\d+)"', one.text)
+        if guess and int(guess[1]) < 2**63:  # -1, as an unsigned number, is "unknown"
             found[f"{one.name} ({_short(one.source)})"] += int(guess[1])
     return dict(found.most_common())
 
