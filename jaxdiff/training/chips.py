@@ -20,7 +20,7 @@ class Chip(NamedTuple):
 
 
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 32e9, 1228e9, 300e9),
+    Chip("v4", ("TPU v4",), 275e12, 32 * 2**30, 1200e9, 300e9),  # six links of 50 GB/s: its page has none
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16e9, 819e9, 200e9),
     Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32e9, 1638e9, 400e9),
     Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95e9, 2765e9, 600e9),
