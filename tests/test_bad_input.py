@@ -131,7 +131,8 @@ KEYS = [
     ("task=autoencoder", "config.data.image_size = 8 must be"),
     ("task=progressive_gan --config.data.image_size=12", "config.data.image_size = 12 must be one of 4, 8, 16"),
     (
-        "task=progressive_gan --config.training.batch_size=36",
+        "task=progressive_gan --config.training.batch_size=36 --config.optimizer.schedule=constant "
+        "--config.optimizer.warmup_steps=0",
         "config.training.batch_size = 36 must be divisible by 8 devices, for a progressive GAN judges a batch's images together",
     ),
 ]
