@@ -1,13 +1,15 @@
 """Low-rank adaptation (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685), as functions on trees of parameters.
 
 The factors of a network are a tree as its parameters are, with {"a", "b"} in the place of each kernel that is adapted and
-without all others. Networks know nothing of it: they are applied with the merged parameters.
+without all others. Networks know nothing of it: they are applied with merged parameters, or, in training, within `adapted`.
 """
 
+import contextlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -69,3 +71,26 @@ def _merged(
     """Of a convolution [h w i o] too, whose A is a convolution to r channels [h w i r], and B one of 1x1."""
     update = jnp.tensordot(a, b, axes=1, precision="highest", preferred_element_type=jnp.float32)
     return kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32)) + scale * update
+
+
+@contextlib.contextmanager
+def adapted(params: Params, factors: Params, scale: float) -> Iterator[dict[str, Params]]:
+    """Variables that, within the context, make a network with factors compute x W + scale (x A) B (equation 3).
+
+    The same as merging, but the gradient of W is never made: it is as large as W, and devices would average it instead of those
+    of A and B. Dense layers only, which is all that `TARGETS` means.
+    """
+    if not factors:
+        yield {"params": params}
+        return
+
+    def add(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        y, layer = call(*args, **kwargs), context.module
+        if not isinstance(layer, nn.Dense) or not layer.has_variable("lora", "kernel"):
+            return y
+        of_kernel: Any = layer.get_variable("lora", "kernel")
+        x, a, b = nn.dtypes.promote_dtype(*args, of_kernel["a"], scale * of_kernel["b"], dtype=layer.dtype)
+        return y + (x @ a) @ b
+
+    with nn.intercept_methods(add):
+        yield {"params": params, "lora": factors}

@@ -6,6 +6,7 @@ is. With a first stage, x0 are the latents of an autoencoder (section 3.1), and 
 Diffusion checkpoint is trained whole, or by LoRA. Nothing else differs.
 """
 
+import contextlib
 import dataclasses
 import functools
 from typing import Any, cast
@@ -28,7 +29,7 @@ from jaxdiff.generation.masks import random_mask
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.losses import batch_mean, diffusion_loss
 from jaxdiff.models.gaussian import Gaussian
-from jaxdiff.models.lora import init_factors, merge, target_kernels
+from jaxdiff.models.lora import adapted, init_factors, merge, target_kernels
 from jaxdiff.models.text_encoder import CLIPTextEncoder
 from jaxdiff.models.unet import UNet
 from jaxdiff.tasks.first_stage import FirstStage
@@ -103,7 +104,7 @@ class DiffusionTask:
     What an image is asked to show is None, labels int32 [b], or {"tokens", "negative"}, both int32 [b n].
     Parameters are {"unet"} and, where it is trained along, {"text_encoder"}; with LoRA they are {"lora"}, the factors of both.
     Everything but `init` and `loss` wants them `whole`: with those of the first stage and of a pretrained text encoder, and
-    with the factors merged.
+    with the factors merged. The loss takes factors as they are (see `adapted`).
     """
 
     config: Config
@@ -165,13 +166,16 @@ class DiffusionTask:
 
     def whole(self, params: Params) -> Params:
         """Trained parameters together with the frozen ones; the factors of LoRA merged into those that they adapt."""
-        return self._merged(params | self.frozen)
-
-    def _merged(self, params: Params) -> Params:
+        params = params | self.frozen
         if "lora" not in params:
             return params
         parts = {name: part for name, part in params.items() if name != "lora"}
         return parts | {name: merge(parts[name], factors, self.lora_scale) for name, factors in params["lora"].items()}
+
+    def _adapted(self, params: Params, part: str) -> contextlib.AbstractContextManager[dict[str, Params]]:
+        """What a network is applied with: its parameters, and those factors of LoRA that are not merged into them."""
+        factors = params.get("lora", {}).get(part, {})
+        return adapted(params[part], factors, self.lora_scale if factors else 1.0)
 
     @property
     def lora_scale(self) -> float:
@@ -286,7 +290,8 @@ class DiffusionTask:
 
     def encode_text(self, params: Params, tokens: Int[Array, "b n"]) -> Float[Array, "b n k"]:
         """The context that the U-Net attends to."""
-        return cast(Array, self.text_encoder.apply({"params": params["text_encoder"]}, tokens))
+        with self._adapted(params, "text_encoder") as variables:
+            return cast(Array, self.text_encoder.apply(variables, tokens))
 
     def network(self, params: Params, train: bool = False, dropout_key: Key[Array, ""] | None = None) -> Any:
         """The U-Net with these parameters, as a function of (x, time, condition): labels, a text's context, or None.
@@ -300,7 +305,8 @@ class DiffusionTask:
                 condition, channels = condition
                 x = jnp.concatenate([x, channels.astype(x.dtype)], axis=-1)
             inputs = {"context": condition} if self.tokenizer is not None else {"label": condition}
-            return cast(Array, self.model.apply({"params": params["unet"]}, x, time, **inputs, train=train, rngs=rngs))
+            with self._adapted(params, "unet") as variables:
+                return cast(Array, self.model.apply(variables, x, time, **inputs, train=train, rngs=rngs))
 
         return apply
 
@@ -336,7 +342,7 @@ class DiffusionTask:
 
         `frozen`: what `params` lacks to be whole; no gradient reaches it.
         """
-        params = self._merged(params | (frozen or {}))
+        params = params | (frozen or {})
         noise_key, condition_key, dropout_key = jax.random.split(key, 3)
         dropout_key = jax.random.fold_in(
             dropout_key, batch["index"][0]

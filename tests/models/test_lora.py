@@ -1,5 +1,6 @@
 """Low-rank adaptation: W + scale A B, nothing at first, and only where it is wanted."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from jaxdiff.config import LORA_TARGETS
-from jaxdiff.models.lora import TARGETS, init_factors, merge, target_kernels
+from jaxdiff.models.lora import TARGETS, adapted, init_factors, merge, target_kernels
+from jaxdiff.models.unet import UNetBlock
+from tests.tasks import small_checkpoint as small
 from tests.tasks import tiny_checkpoint as tiny
 
 ALL = tuple(TARGETS)
@@ -90,3 +93,48 @@ def test_half_a_kernel_is_merged_in_float32():
     merged = merge({"kernel": w}, {"kernel": {"a": a, "b": b}}, 1.0)["kernel"]
     assert merged.dtype == jnp.float32
     np.testing.assert_allclose(merged, 1.0001, atol=1e-7)
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_network_adapted_is_the_merged_one_forwards_and_backwards(shapes, part):
+    """Every target; of the U-Net a block, recomputed."""
+    networks, params = tiny.networks(tiny.SD1), tiny.params(tiny.SD1)[part]
+    network, inputs = networks.text_encoder, (np.arange(32, dtype=np.int32).reshape(2, 16),)
+    factors = jax.tree.map(lambda leaf: 0.3 * leaf, random(init_factors(jax.random.key(0), shapes, ALL, 2)[part], 1))
+    if part == "unet":
+        params, factors = params["down_0_0"], factors["down_0_0"]
+        block = nn.remat(UNetBlock, static_argnums=(4,))
+        network = block(16, True, 8, 0.0, 1e-5, 8, False, None, jnp.float32, jnp.float32)
+        sizes = (2, 8, 8, 16), (2, 64), (2, small.TOKENS, tiny.CONTEXT)
+        x, embedding, context = random([np.zeros(size) for size in sizes])
+        inputs = (x, embedding, context, False)
+
+    def merged(factors):
+        return network.apply({"params": merge(params, factors, 0.7)}, *inputs)
+
+    def apart(factors):
+        with adapted(params, factors, 0.7) as variables:
+            return network.apply(variables, *inputs)
+
+    def both(function):
+        value, pull_back = jax.vjp(function, factors)
+        return value, pull_back(jnp.cos(jnp.arange(value.size, dtype=value.dtype).reshape(value.shape)))[0]
+
+    expected, (value, gradient) = small.jit(lambda: both(merged))(), small.jit(lambda: both(apart))()
+    np.testing.assert_allclose(value, expected[0], rtol=1e-4, atol=1e-4)
+    plain = small.jit(lambda: network.apply({"params": params}, *inputs))()
+    assert np.abs(plain - value).max() > 0.1
+    for (path, ours), theirs in zip(flatten_dict(gradient).items(), jax.tree.leaves(expected[1]), strict=True):
+        assert np.any(theirs != 0), path
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4 * np.abs(theirs).max(), err_msg=path)
+
+
+def test_outside_of_its_context_nothing_is_adapted(shapes):
+    network, tokens = tiny.networks(tiny.SD1).text_encoder, np.arange(16, dtype=np.int32)[None]
+    params = tiny.params(tiny.SD1)["text_encoder"]
+    factors = random(init_factors(jax.random.key(0), shapes, ALL, 2)["text_encoder"])
+    with adapted(params, {}, 1.0) as variables:
+        assert variables == {"params": params}
+    with adapted(params, factors, 1.0) as variables:
+        pass
+    np.testing.assert_array_equal(network.apply(variables, tokens), network.apply({"params": params}, tokens))
