@@ -188,7 +188,10 @@ class AutoencoderTask:
             return losses.batch_mean(for_generator(judge(params, x_hat)), weight)
 
         def discriminate(params: Params, x: Array, x_hat: Array, weight: Weight) -> tuple[Array, Metrics]:
-            real, fake = judge(params, x), judge(params, x_hat)
+            # Side by side, so that there is one gradient to average over devices, not one of each half; no image moves.
+            both = jnp.stack([x, x_hat], axis=1)
+            logits = judge(params, both.reshape(-1, *x.shape[1:]))
+            real, fake = jnp.moveaxis(logits.reshape(*both.shape[:2], *logits.shape[1:]), 1, 0)
             mean = functools.partial(losses.batch_mean, weight=weight)
             return mean(for_discriminator(real, fake)), {"logits_real": mean(real), "logits_fake": mean(fake)}
 

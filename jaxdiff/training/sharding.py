@@ -119,6 +119,18 @@ def whole(params: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), params)
 
 
+def whole_tables(gradient: Any) -> Any:
+    """A gradient in which that of every table (Flax's Embed) is whole on each device; does nothing where nothing is split.
+
+    Wanted in parts only, it would be added up by rows: every device would be sent the activations of all examples.
+    """
+
+    def rule(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        return whole(leaf) if getattr(path[-1], "key", None) == "embedding" else leaf
+
+    return jax.tree_util.tree_map_with_path(rule, gradient)
+
+
 @dataclasses.dataclass(frozen=True)
 class Runner:
     """A compiled update and the way to feed it."""

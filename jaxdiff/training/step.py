@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from jaxdiff.config import OptimizerConfig
-from jaxdiff.training.sharding import whole
+from jaxdiff.training.sharding import whole, whole_tables
 from jaxdiff.training.state import Batch, Metrics, Params, TrainState
 
 Loss = Callable[..., tuple[Float[Array, ""], Metrics]]  # of (params, batch, key), then what is frozen, if anything is
@@ -42,13 +42,13 @@ def accumulated_gradient(
     value_and_grad = jax.value_and_grad(loss, has_aux=True)
     if steps == 1:
         (value, metrics), gradient = value_and_grad(params, batch, key)
-        return gradient, {"loss": value, **metrics}
+        return whole_tables(gradient), {"loss": value, **metrics}
     parts = jax.tree.map(lambda x: x.reshape(x.shape[0] // steps, steps, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total: tuple[Params, Metrics], part: tuple[Batch, Array]) -> tuple[tuple[Params, Metrics], None]:
         micro_batch, j = part
         (value, metrics), gradient = value_and_grad(params, micro_batch, jax.random.fold_in(key, j))
-        return jax.tree.map(jnp.add, total, (gradient, {"loss": value, **metrics})), None
+        return jax.tree.map(jnp.add, total, (whole_tables(gradient), {"loss": value, **metrics})), None
 
     first = jax.tree.map(lambda x: x[0], parts)
     shapes = jax.eval_shape(lambda: accumulated_gradient(loss, params, first, key, 1))
