@@ -25,9 +25,9 @@ from jaxdiff.data.scenes import (
 )
 from jaxdiff.data.sources import Example, describe_source
 
-TWO_OBJECTS = 1 / 2  # fraction of pictures with two objects: more is to be learnt from those
+TWO_OBJECTS = 0.6  # fraction of pictures with two objects: more is to be learnt from those
 LENGTHS = {"train": 50_000, "test": 5_000, "held_out": 5_000}
-RADII = {"small": 4.4 / 32, "large": 6 / 32}  # in units of the image's side
+RADII = {"small": 4.8 / 32, "large": 6 / 32}  # in units of the image's side
 REACH = 1.2  # half the largest side of any shape of radius 1
 DROPS = {"triangle": 0.325, "star": 0.12}  # from the middle of the bounding box down to the centre, in radii
 GROUND = 128  # the grey that shapes lie on: the middle, so that nothing but shapes is there to be learnt
