@@ -3,7 +3,8 @@
     pip install -e '.[peer]' && python benchmarks/stable_diffusion_unet.py
 
 Latents of 64x64 (images of 512x512), a batch of 2 (one image with guidance), float32. The numbers of both sides are
-compared, then the two are timed in turns, so that whatever else the machine does slows both. Ours is compiled by
+compared, then the two are timed in turns, so that whatever else the machine does slows both. Both keep the memory that they
+free, as `sample.py` does (`jaxdiff.host_memory`). Ours is compiled by
 `jax.jit` first, which the time does not hold; PyTorch runs eagerly. Beside each time in brackets the processor time
 divided by the cores, which other programs on the machine disturb less. Wants 12 GB of memory; --width 64 is a network
 with a fifth of the channels, for a try.
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxdiff.host_memory import keep_freed_memory
 from jaxdiff.tasks.stable_diffusion import unet_from_config
 from jaxdiff.weights.checkpoint import component_rules
 from jaxdiff.weights.names import to_ours
@@ -123,6 +125,7 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     print(f"{cores} cores; jax {jax.__version__}; torch {torch.__version__}, diffusers {diffusers.__version__}")
     jax.config.update("jax_platforms", "cpu")
+    keep_freed_memory()
     rng, config = np.random.default_rng(0), config_of(args.width, args.latents)
     shapes = ((args.batch, args.latents, args.latents, 4), (args.batch, TOKENS, TEXT))
     x, context = (rng.standard_normal(shape, np.float32) for shape in shapes)
