@@ -29,13 +29,14 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from jaxdiff.config import OptimizerConfig, default_config, to_config
+from jaxdiff.config import OptimizerConfig, ShardingConfig, default_config, to_config
 from jaxdiff.generation.generate import from_uint8
 from jaxdiff.host_memory import keep_freed_memory
 from jaxdiff.losses import gradient_penalty
 from jaxdiff.models.progressive_gan import Discriminator, Generator, stage_of
 from jaxdiff.tasks.progressive_gan import ProgressiveGANTask
 from jaxdiff.training.gan import GANState, create_gan_state, make_gan_update
+from jaxdiff.training.sharding import make_mesh, step_options
 
 ALPHA = 0.5  # in the middle of a fade, where both the old and the new stage are at work
 LEARNING_RATE, BETA1, BETA2, EPSILON = 1e-3, 0.0, 0.99, 1e-8
@@ -89,7 +90,9 @@ def our_step(sizes: Sizes, batch: int) -> tuple[Any, GANState, float]:
     state = jax.jit(lambda key: create_gan_state(*initial(sizes, key), optimizer, optimizer))(jax.random.key(0))
     images = our_batch(np.zeros((batch, sizes.resolution, sizes.resolution, 3), np.uint8))
     started = time.perf_counter()
-    compiled = jax.jit(update, donate_argnums=0).lower(state, images, jax.random.key(1)).compile()
+    mesh = make_mesh(ShardingConfig(), jax.devices()[:1])
+    step = jax.jit(update, donate_argnums=0, compiler_options=step_options(mesh))  # as `train.py` has it
+    compiled = step.lower(state, images, jax.random.key(1)).compile()
     return compiled, state, time.perf_counter() - started
 
 

@@ -11,12 +11,15 @@ from jaxdiff.tasks.diffusion import DiffusionTask
 from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.optimizer import learning_rate_schedule, make_optimizer
 from jaxdiff.training.sharding import (
+    SIDE_BY_SIDE,
+    _known,
     bytes_a_device,
     fewest_that_fit,
     fsdp_shardings,
     make_mesh,
     make_runner,
     padded_size,
+    step_options,
 )
 from jaxdiff.training.state import create_state
 from jaxdiff.training.step import make_update
@@ -182,3 +185,9 @@ def test_devices_drop_different_activations(monkeypatch):
     for half in (slice(0, 2), slice(2, 4)):
         task.loss({}, {name: value[half] for name, value in batch.items()}, jax.random.key(0))
     assert keys[0] != keys[1]
+
+
+def test_only_a_cpu_alone_is_compiled_for_running_side_by_side():
+    one, four = (make_mesh(ShardingConfig(), jax.devices()[:n]) for n in (1, 4))
+    assert step_options(one) == SIDE_BY_SIDE and step_options(four) is None
+    assert _known(**SIDE_BY_SIDE) and not _known(xla_cpu_no_such_option=True)  # which is no error, but left out
