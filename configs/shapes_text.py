@@ -4,8 +4,8 @@
     python sample.py --workdir runs/shapes_text --prompt "a large green star to the left of a small blue circle" --num 4
 
 2 CPU cores: 27 min 18 s (in two sittings; the first, of 9 min 46 s, beside other work). A rule on the pixels finds colour and
-shape of all that was asked for in 95.0% of 200 pictures (98.5% of those of one object, 88.1% of those of two), and in 78.5% where it
-is combinations of colour and shape that were held out of training:
+shape of all that was asked for in 95.0% of 200 pictures (98.5% of those of one object, 88.1% of those of two), and in 78.5% where
+it is combinations of colour and shape that were held out of training:
 
     python -m benchmarks.text_followed --workdir runs/shapes_text --num 200
     python -m benchmarks.text_followed --workdir runs/shapes_text --num 200 --split held_out
