@@ -152,7 +152,7 @@ def cycles(text: str) -> dict[str, int]:
     found: collections.Counter[str] = collections.Counter()
     for one in instructions(text):
         guess = re.search(r'"estimated_cycles":"(\d+)"', one.text)
-        if guess and int(guess[1]) < 2**63:  # -1, as an unsigned number, is "unknown"
+        if guess and int(guess[1]) < 2**63 - 1:  # the largest number is "unknown"
             found[f"{one.name} ({_short(one.source)})"] += int(guess[1])
     return dict(found.most_common())
 
