@@ -4,10 +4,9 @@
 
 Latents of 64x64 (images of 512x512), a batch of 2 (one image with guidance), float32. The numbers of both sides are
 compared, then the two are timed in turns, so that whatever else the machine does slows both. Both keep the memory that they
-free, as `sample.py` does (`jaxdiff.host_memory`). Ours is compiled by
-`jax.jit` first, which the time does not hold; PyTorch runs eagerly. Beside each time in brackets the processor time
-divided by the cores, which other programs on the machine disturb less. Wants 12 GB of memory; --width 64 is a network
-with a fifth of the channels, for a try.
+free, as `sample.py` does (`jaxdiff.host_memory`). Ours is compiled by `jax.jit` first, which the time does not hold; PyTorch
+runs eagerly. Beside each time in brackets the processor time divided by the cores, which other programs on the machine
+disturb less. Wants 12 GB of memory; --width 64 is a network with a fifth of the channels, for a try.
 """
 
 import argparse

@@ -37,8 +37,6 @@ MIN_AREA = 14 / 32**2  # smaller specks are no objects; the smallest of the sour
 SOFTNESS = (0.0, 0.5, 0.8)  # blur of the ideal silhouettes, in 32nds of the side: sampled pictures are a bit soft
 MAX_DIFFERENCE = 0.3  # a shape that differs by more than this part of its area is "unknown"
 UNIT_AREAS = {shape: float(coverage(shape, 80, 80, 50, (160, 160)).sum()) / 50**2 for shape in SHAPES}
-
-
 CHROMA = {colour: chroma(np.array(rgb)) for colour, rgb in COLOURS.items()}
 
 

@@ -9,9 +9,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from jaxdiff.config import OptimizerConfig
 
 MUON_MOMENTUM = 0.95  # of https://kellerjordan.github.io/posts/muon
-MUON_RMS = (
-    0.2  # of an update's numbers, as Adam's are: so Adam's learning rates serve (Liu et al. 2025, arXiv:2502.16982)
-)
+MUON_RMS = 0.2  # of an update, as Adam's is about: its learning rates serve (Liu et al. 2025, arXiv:2502.16982)
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
