@@ -74,7 +74,7 @@ class Sizes(NamedTuple):
     def networks(self) -> tuple[Generator, Discriminator]:
         """Ours."""
         task = self.task()
-        return task.generator, task.discriminator()
+        return task.generator(), task.discriminator()
 
 
 # Ours -------------------------------------------------------------------------------------------------------------------

@@ -144,6 +144,7 @@ class ProgressiveGANConfig:
     stddev_group: int = 4  # images whose standard deviation the discriminator sees; 0 = a whole part
     stddev_parts: int = 1  # of a batch, beyond which no group reaches: pmap needs a multiple of its devices
     together: bool = False  # both networks take their gradients before either moves
+    folded: Literal["auto", "always", "never"] = "auto"  # few channels: 2x2 pixels as one position; auto = on a TPU
 
 
 @dataclasses.dataclass(frozen=True)

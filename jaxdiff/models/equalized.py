@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.models.folded import PIXELS, channel_means, fold_doubling_kernel, fold_kernel
 from jaxdiff.models.layers import convolve_doubled
 
 HE_GAIN = math.sqrt(2)  # before a leaky ReLU
@@ -22,23 +23,30 @@ class EqualizedConv(nn.Module):
     """Convolution (size x size, zero padding, stride 1) by kernel * gain / sqrt(fan_in); the bias is not scaled.
 
     doubled: of the image with each pixel repeated 2x2 (size 3 only).
+    folded: what comes in and what goes out have 2x2 patches of pixels in their channels (`jaxdiff.models.folded`); with
+        `doubled` only what goes out. The parameters and the numbers are the same.
     """
 
     features: int
     size: int = 3
     gain: float = HE_GAIN
     doubled: bool = False
+    folded: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         """Unit variance in, `gain`^2 out, at initialisation."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
+        channels = x.shape[-1] // PIXELS if self.folded and not self.doubled else x.shape[-1]
+        shape = (self.size, self.size, channels, self.features)
         kernel = self.param("kernel", nn.initializers.normal(1.0), shape, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         kernel = _scaled(kernel, self.gain, self.dtype)
-        convolve = convolve_doubled if self.doubled else jax.lax.conv_general_dilated
+        if self.folded:
+            kernel = (fold_doubling_kernel if self.doubled else fold_kernel)(kernel)
+            bias = jnp.tile(bias, PIXELS)
+        convolve = convolve_doubled if self.doubled and not self.folded else jax.lax.conv_general_dilated
         x = convolve(x.astype(self.dtype), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
         return x + bias.astype(self.dtype)[None, None, None]
 
@@ -73,10 +81,14 @@ def widened(x: Float[Array, "*s"]) -> Float[Array, "*s"]:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def pixelwise_norm(x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
-    """Root mean square 1 over the channels: x / sqrt(mean x^2 + 1e-8), at least in float32 (section 4.2)."""
+def pixelwise_norm(x: Float[Array, "*b c"], folded: bool = False) -> Float[Array, "*b c"]:
+    """Root mean square 1 over the channels: x / sqrt(mean x^2 + 1e-8), at least in float32 (section 4.2).
+
+    folded: x has 2x2 patches of pixels in its channels, each of which is normed by itself.
+    """
     wide = widened(x)
-    return (wide * jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + EPSILON)).astype(x.dtype)
+    means = channel_means(wide**2) if folded else (wide**2).mean(-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(means + EPSILON)).astype(x.dtype)
 
 
 def minibatch_stddev(

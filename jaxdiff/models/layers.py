@@ -11,6 +11,8 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from jaxdiff.models.winograd import convolve3x3
+
 # DDPM draws every weight uniformly with variance 2 / (fan_in + fan_out).
 default_init: Initializer = variance_scaling(1.0, "fan_avg", "uniform")
 zero_init: Initializer = zeros_init()
@@ -54,6 +56,7 @@ def conv3x3(
     doubled: bool = False,
 ) -> nn.Conv:
     """3x3 convolution that pads one pixel on every side unless told otherwise; `doubled`: of its input's `repeat_pixels`."""
+    plain = stride == 1 and padding == SYMMETRIC
     return nn.Conv(
         features,
         (3, 3),
@@ -62,7 +65,7 @@ def conv3x3(
         kernel_init=kernel_init,
         dtype=dtype,
         param_dtype=param_dtype,
-        conv_general_dilated=convolve_doubled if doubled else jax.lax.conv_general_dilated,
+        conv_general_dilated=convolve_doubled if doubled else convolve3x3 if plain else jax.lax.conv_general_dilated,
         name=name,
     )
 
@@ -189,8 +192,8 @@ def convolve_doubled(
     wide = kernel.astype(jnp.promote_types(kernel.dtype, jnp.float32))
     # One convolution of the image padded on all sides, with the four kernels side by side, is up to twice as slow on a CPU.
     kinds = []
-    for i, rows in enumerate(_folded(wide)):
-        for j, both in enumerate(_folded(rows.swapaxes(0, 1))):
+    for i, rows in enumerate(rows_of_doubled(wide)):
+        for j, both in enumerate(rows_of_doubled(rows.swapaxes(0, 1))):
             kinds.append(
                 jax.lax.conv_general_dilated(
                     x,
@@ -204,7 +207,7 @@ def convolve_doubled(
     return depth_to_space(jnp.concatenate(kinds, axis=-1), 2)
 
 
-def _folded(kernel: Float[Array, "3 r c d"]) -> tuple[Float[Array, "2 r c d"], Float[Array, "2 r c d"]]:
+def rows_of_doubled(kernel: Float[Array, "3 ..."]) -> tuple[Float[Array, "2 ..."], Float[Array, "2 ..."]]:
     """What even and odd rows of the doubled image see of the image itself: the row before and its own; its own and the next."""
     before, own, after = kernel
     return jnp.stack([before, own + after]), jnp.stack([before + own, after])

@@ -15,7 +15,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from jaxdiff.models.equalized import EqualizedConv, EqualizedDense, minibatch_stddev, pixelwise_norm, widened
-from jaxdiff.models.layers import repeat_pixels
+from jaxdiff.models.folded import patch_mean, patch_repeat
+from jaxdiff.models.layers import depth_to_space, repeat_pixels, space_to_depth
 
 FIRST = 4  # pixels a side at stage 0
 SLOPE = 0.2  # of the leaky ReLU
@@ -41,6 +42,11 @@ def channels_at(resolution: int, base: int, most: int) -> int:
     return min(2 * base // resolution, most)
 
 
+def folds(stage: int, base: int, most: int, below: int) -> bool:
+    """Whether a stage's features, of fewer channels than `below`, are folded: never those of 4x4 pixels."""
+    return stage > 0 and channels_at(resolution_of(stage), base, most) < below
+
+
 def fade(old: Float[Array, "*s"], new: Float[Array, "*s"], alpha: Alpha) -> Float[Array, "*s"]:
     """(1 - alpha) old + alpha new, computed at least in float32; exactly `old` at 0 and `new` at 1, whatever the other is."""
     # 0 times what is not finite were NaN, here and in the gradient: so the side that is not heard is not looked at.
@@ -55,9 +61,9 @@ def halve_pixels(x: Float[Array, "b 2h 2w c"]) -> Float[Array, "b h w c"]:
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
-def fade_images(x: Float[Array, "b h w c"], alpha: Alpha) -> Float[Array, "b h w c"]:
+def fade_images(x: Float[Array, "b h w c"], alpha: Alpha, folded: bool = False) -> Float[Array, "b h w c"]:
     """Real images as detailed as what a generator can make at `alpha`: halved and doubled at 0, unchanged at 1."""
-    return fade(repeat_pixels(halve_pixels(x)), x, alpha)
+    return fade(patch_repeat(patch_mean(x)) if folded else repeat_pixels(halve_pixels(x)), x, alpha)
 
 
 def active_part(params: dict[str, Any], stage: int) -> dict[str, Any]:
@@ -72,9 +78,13 @@ def active_part(params: dict[str, Any], stage: int) -> dict[str, Any]:
 
 
 class GeneratorBlock(nn.Module):
-    """Two 3x3 convolutions, each with leaky ReLU and pixelwise normalisation; for 4x4 the first is a dense layer."""
+    """Two 3x3 convolutions, each with leaky ReLU and pixelwise normalisation; for 4x4 the first is a dense layer.
+
+    folded: the features have 2x2 patches of pixels in their channels (of what comes out: [b h w 4*d]).
+    """
 
     channels: int
+    folded: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -91,8 +101,8 @@ class GeneratorBlock(nn.Module):
             x = pixelwise_norm(nn.leaky_relu(x, SLOPE))
             return pixelwise_norm(nn.leaky_relu(EqualizedConv(self.channels, name="conv", **dtypes)(x), SLOPE))
         for i in range(2):
-            conv = EqualizedConv(self.channels, doubled=i == 0, name=f"conv_{i}", **dtypes)
-            x = pixelwise_norm(nn.leaky_relu(conv(x), SLOPE))
+            conv = EqualizedConv(self.channels, doubled=i == 0, folded=self.folded, name=f"conv_{i}", **dtypes)
+            x = pixelwise_norm(nn.leaky_relu(conv(x), SLOPE), self.folded)
         return x
 
 
@@ -100,6 +110,7 @@ class Generator(nn.Module):
     """Latents [b latent_dim] (normal numbers) to images of a stage's resolution; no tanh at the end.
 
     num_classes: above 0, labels are appended to the latents as one-hot vectors.
+    fold_below: features of fewer channels are folded, for a TPU (`jaxdiff.models.folded`); the numbers are the same.
     """
 
     resolution: int = 1024  # of the last stage
@@ -108,6 +119,7 @@ class Generator(nn.Module):
     channel_base: int = 8192
     channel_max: int = 512
     num_classes: int = 0
+    fold_below: int = 0
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -119,8 +131,12 @@ class Generator(nn.Module):
         *,
         stage: int | None = None,
         alpha: Alpha = 1.0,
+        unfold: bool = True,
     ) -> Float[Array, "b h w c"]:
-        """Float32 images, about [-1, 1] once trained and not clipped. `stage` is static (None: the last), `alpha` traced."""
+        """Float32 images, about [-1, 1] once trained and not clipped. `stage` is static (None: the last), `alpha` traced.
+
+        unfold: False leaves images folded, where the features of their resolution are.
+        """
         stage = _checked_stage(stage, self.resolution)
         if (label is None) != (self.num_classes == 0):
             raise ValueError(
@@ -132,21 +148,35 @@ class Generator(nn.Module):
         x: Array = pixelwise_norm(widened(z)).astype(self.dtype)
         images: list[Array] = []
         for at in range(stage + 1):
-            resolution = resolution_of(at)
-            x = GeneratorBlock(
-                channels_at(resolution, self.channel_base, self.channel_max), name=f"block_{resolution}", **dtypes
-            )(x)
+            resolution, folded = resolution_of(at), self.folds(at)
+            channels = channels_at(resolution, self.channel_base, self.channel_max)
+            x = GeneratorBlock(channels, folded, name=f"block_{resolution}", **dtypes)(x)
+            if folded and at < stage:
+                x, folded = depth_to_space(x, 2), False
             if at >= stage - 1 or self.is_initializing():
-                to_rgb = EqualizedConv(self.image_channels, 1, 1.0, name=f"to_rgb_{resolution}", **dtypes)
+                to_rgb = EqualizedConv(
+                    self.image_channels, 1, 1.0, folded=folded, name=f"to_rgb_{resolution}", **dtypes
+                )
                 images.append(widened(to_rgb(x)))
-        return images[0] if stage == 0 else fade(repeat_pixels(images[-2]), images[-1], alpha)
+        image, folded = images[-1], self.folds(stage)
+        if stage > 0:
+            image = fade((patch_repeat if folded else repeat_pixels)(images[-2]), image, alpha)
+        return depth_to_space(image, 2) if folded and unfold else image
+
+    def folds(self, stage: int) -> bool:
+        """Whether the features of a stage's resolution are folded."""
+        return folds(stage, self.channel_base, self.channel_max, self.fold_below)
 
 
 class DiscriminatorBlock(nn.Module):
-    """Two 3x3 convolutions with leaky ReLU, and the mean of each 2x2 patch."""
+    """Two 3x3 convolutions with leaky ReLU, and the mean of each 2x2 patch.
+
+    folded: what comes in has 2x2 patches of pixels in its channels: [b h w 4*c].
+    """
 
     channels: int
     next_channels: int
+    folded: bool = False
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -154,9 +184,11 @@ class DiscriminatorBlock(nn.Module):
     def __call__(self, x: Float[Array, "b 2h 2w c"]) -> Float[Array, "b h w d"]:
         """Features at half the resolution."""
         for i, channels in enumerate((self.channels, self.next_channels)):
-            conv = EqualizedConv(channels, dtype=self.dtype, param_dtype=self.param_dtype, name=f"conv_{i}")
+            conv = EqualizedConv(
+                channels, folded=self.folded, dtype=self.dtype, param_dtype=self.param_dtype, name=f"conv_{i}"
+            )
             x = nn.leaky_relu(conv(x), SLOPE)
-        return halve_pixels(x)
+        return patch_mean(x) if self.folded else halve_pixels(x)
 
 
 class DiscriminatorHead(nn.Module):
@@ -185,6 +217,7 @@ class Discriminator(nn.Module):
 
     group_size, shards: of `minibatch_stddev`. With as many shards as a batch has devices, no device needs another's features
     (under pmap, where a device sees its own share only, that is 1); with a fixed number any devices compute the same.
+    fold_below: features of fewer channels are folded, for a TPU (`jaxdiff.models.folded`); the numbers are the same.
     """
 
     resolution: int = 1024  # of the last stage
@@ -193,6 +226,7 @@ class Discriminator(nn.Module):
     num_classes: int = 0
     group_size: int | None = 4
     shards: int = 1
+    fold_below: int = 0
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
 
@@ -200,20 +234,26 @@ class Discriminator(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], *, stage: int | None = None, alpha: Alpha = 1.0
     ) -> tuple[Float[Array, " b"], Float[Array, "b num_classes"] | None]:
-        """Float32 scores and logits (None without classes); `stage` is static (None: the last), `alpha` traced."""
+        """Float32 scores and logits (None without classes); `stage` is static (None: the last), `alpha` traced.
+
+        Where the features of their resolution are folded, images may come folded too.
+        """
         stage = _checked_stage(stage, self.resolution)
-        if x.shape[1:3] != (resolution_of(stage),) * 2:
+        side, folded = resolution_of(stage), self.folds(stage)
+        if folded and x.shape[1:3] == (side, side):
+            x = space_to_depth(x, 2)
+        if x.shape[1:3] != (side // (1 + folded),) * 2:
             raise ValueError(
-                f"discriminator: stage {stage} judges images of {resolution_of(stage)}x{resolution_of(stage)} pixels, "
-                f"not {x.shape[1]}x{x.shape[2]}"
+                f"discriminator: stage {stage} judges images of {side}x{side} pixels, not {x.shape[1]}x{x.shape[2]}"
             )
-        h = self._from_rgb(x, stage)
+        h = self._from_rgb(x, stage, folded)
         for at in range(stage, 0, -1):
-            widths = (self._channels(at), self._channels(at - 1))
-            h = DiscriminatorBlock(*widths, self.dtype, self.param_dtype, name=f"block_{resolution_of(at)}")(h)
+            widths, folded = (self._channels(at), self._channels(at - 1)), self.folds(at)
+            h = space_to_depth(h, 2) if folded and at < stage else h
+            h = DiscriminatorBlock(*widths, folded, self.dtype, self.param_dtype, name=f"block_{resolution_of(at)}")(h)
             if at == stage or self.is_initializing():
-                x = halve_pixels(x)
-                old = self._from_rgb(x, at - 1)
+                x = patch_mean(x) if folded and at == stage else halve_pixels(x)
+                old = self._from_rgb(x, at - 1, False)
                 h = fade(old, h, alpha) if at == stage else h
         head = DiscriminatorHead(
             channels=self._channels(0),
@@ -231,10 +271,15 @@ class Discriminator(nn.Module):
     def _channels(self, stage: int) -> int:
         return channels_at(resolution_of(stage), self.channel_base, self.channel_max)
 
-    def _from_rgb(self, x: Array, stage: int) -> Array:
+    def folds(self, stage: int) -> bool:
+        """Whether the features of a stage's resolution are folded."""
+        return folds(stage, self.channel_base, self.channel_max, self.fold_below)
+
+    def _from_rgb(self, x: Array, stage: int, folded: bool) -> Array:
         conv = EqualizedConv(
             self._channels(stage),
             1,
+            folded=folded,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=f"from_rgb_{resolution_of(stage)}",

@@ -12,6 +12,7 @@ from jaxdiff.config import SamplingConfig
 from jaxdiff.generation.sampling import first_step, make_recipe
 from jaxdiff.tasks.memory import bytes_of, device_memory
 from jaxdiff.tasks.stable_diffusion import Networks, StableDiffusion
+from jaxdiff.training.watching import flops_of
 
 NAMES = {"unet": "U-Net", "encoder": "encoder", "decoder": "decoder", "text_encoder": "text encoder"}
 # What of the autoencoder's parameters is whose.
@@ -104,10 +105,8 @@ def _cost(model: StableDiffusion, part: str, batch: int) -> Cost:
     memory: Any = lowered.compile(quick).memory_analysis()
     plain = _plain(model.networks)
     run, inputs = _evaluation(model, plain, part, 1)
-    cost: Any = jax.jit(run).lower(_params(model, part), *inputs).cost_analysis()
-    cost = cost[0] if isinstance(cost, list) else cost
     return Cost(
-        flops=float((cost or {}).get("flops", math.nan)),
+        flops=flops_of(run, _params(model, part), *inputs) or math.nan,
         operations=lowered.as_text().count(" = "),
         activations=memory.temp_size_in_bytes if memory else 0,
     )

@@ -44,12 +44,14 @@ def make_task(config: Config, parts: Parts | None = None) -> Task:
 
 
 def plain_update(config: Config, parts: Parts, mesh: Mesh, stage: int) -> Callable[..., Any]:
-    """The update of a stage with nothing recomputed, accumulated or fused: one whose operations XLA can count."""
+    """The update of a stage with nothing recomputed, accumulated, fused or folded: one whose operations XLA can count."""
     model = dataclasses.replace(config.model, remat=False, attention_implementation="xla")
     training = dataclasses.replace(config.training, accumulation_steps=1)
     if parts.pretrained is not None:
         parts = dataclasses.replace(parts, pretrained=parts.pretrained.plain)
-    trainable = make_task(dataclasses.replace(config, model=model, training=training), parts).trainable(mesh)
+    gan = dataclasses.replace(config.progressive_gan, folded="never")
+    config = dataclasses.replace(config, model=model, training=training, progressive_gan=gan)
+    trainable = make_task(config, parts).trainable(mesh)
     return trainable.make_update(None, number=stage) if trainable.stages else trainable.make_update(None)
 
 

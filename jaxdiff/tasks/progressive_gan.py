@@ -23,6 +23,7 @@ from jaxdiff.generation.image_model import Request
 from jaxdiff.generation.interpolation import slerp
 from jaxdiff.generation.pictures import image_grid
 from jaxdiff.generation.pipelines import blend_request
+from jaxdiff.models.layers import space_to_depth
 from jaxdiff.models.progressive_gan import Discriminator, Generator, active_part, fade_images, halve_pixels
 from jaxdiff.training.gan import Game, GANState, create_gan_state, make_gan_update
 from jaxdiff.training.growth import Growth, Phase
@@ -31,6 +32,8 @@ from jaxdiff.training.optimizer import make_optimizer
 from jaxdiff.training.stages import Stage
 from jaxdiff.training.state import Batch, Metrics, Params
 
+# Where a TPU's rows of 128 numbers would be less than half full of channels: at 512 and 1024 pixels, as configured.
+FOLD_BELOW = 64
 SHOWN = 128  # pixels: images of a grid are enlarged to the run's resolution, but not beyond this
 FRAMES = 24  # of the interpolation that is drawn
 CURVES = ("discriminator_loss", "generator_loss", "penalty", "wasserstein", "alpha", "skipped")
@@ -88,8 +91,11 @@ class ProgressiveGANTask:
         """Of the labels that generator and discriminator know; 0: none."""
         return self.config.model.num_classes
 
-    @functools.cached_property
-    def generator(self) -> Generator:
+    def _fold_below(self, platform: str) -> int:
+        folded = self.config.progressive_gan.folded
+        return FOLD_BELOW if folded == "always" or (folded == "auto" and platform == "tpu") else 0
+
+    def generator(self, platform: str = "cpu") -> Generator:
         """From latents to images."""
         gan, model = self.config.progressive_gan, self.config.model
         return Generator(
@@ -99,11 +105,12 @@ class ProgressiveGANTask:
             channel_base=gan.channel_base,
             channel_max=gan.channel_max,
             num_classes=self.num_classes,
+            fold_below=self._fold_below(platform),
             dtype=jnp.dtype(model.dtype),
             param_dtype=jnp.dtype(model.param_dtype),
         )
 
-    def discriminator(self, devices: int = 1) -> Discriminator:
+    def discriminator(self, devices: int = 1, platform: str = "cpu") -> Discriminator:
         """From images to verdicts; `devices`: how many share a batch without seeing each other's images (pmap)."""
         gan, model = self.config.progressive_gan, self.config.model
         return Discriminator(
@@ -113,6 +120,7 @@ class ProgressiveGANTask:
             num_classes=self.num_classes,
             group_size=gan.stddev_group or None,
             shards=gan.stddev_parts // devices,
+            fold_below=self._fold_below(platform),
             dtype=jnp.dtype(model.dtype),
             param_dtype=jnp.dtype(model.param_dtype),
         )
@@ -166,13 +174,14 @@ class ProgressiveGANTask:
     def init(self, key: Key[Array, ""]) -> Params:
         """Random parameters of the generator, of all resolutions."""
         label = jnp.zeros((1,), jnp.int32) if self.num_classes else None
-        return self.generator.init(key, jnp.zeros((1, self.config.progressive_gan.latent_dim)), label)["params"]
+        return self.generator().init(key, jnp.zeros((1, self.config.progressive_gan.latent_dim)), label)["params"]
 
     # What the two minimise --------------------------------------------------------------------------------------------
 
-    def game(self, stage: int, devices: int = 1) -> Game:
+    def game(self, stage: int, devices: int = 1, platform: str = "cpu") -> Game:
         """The losses of a stage. Every example draws from a key of its own, so that sharding changes nothing."""
-        gan, judge = self.config.progressive_gan, self.discriminator(devices)
+        gan, maker, judge = self.config.progressive_gan, self.generator(platform), self.discriminator(devices, platform)
+        folded = maker.folds(stage)  # images too: of three channels they would fill a TPU's memory with padding
 
         def keys_for(use: int, key: Key[Array, ""], batch: Batch) -> Key[Array, " b"]:
             return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.split(key)[use], batch["index"])
@@ -180,7 +189,8 @@ class ProgressiveGANTask:
         def fakes(params: Params, batch: Batch, key: Key[Array, ""], alpha: Array) -> Array:
             z = jax.vmap(lambda key: jax.random.normal(key, (gan.latent_dim,)))(keys_for(0, key, batch))
             label = batch["label"] if self.num_classes else None  # those of other reals: as frequent as in the data
-            return cast(Array, self.generator.apply({"params": params}, z, label, stage=stage, alpha=alpha))
+            made = maker.apply({"params": params}, z, label, stage=stage, alpha=alpha, unfold=False)
+            return cast(Array, made)
 
         def discriminate(params: Params, other: Params, batch: Batch, key: Any, alpha: Array) -> tuple[Array, Metrics]:
             def verdicts(x: Array) -> tuple[Array, Array | None]:
@@ -189,8 +199,8 @@ class ProgressiveGANTask:
             def critic(x: Array) -> Array:
                 return verdicts(x)[0]
 
-            x = from_uint8(batch["image"])
-            x = fade_images(x, alpha) if stage else x
+            x = from_uint8(space_to_depth(batch["image"], 2) if folded else batch["image"])
+            x = fade_images(x, alpha, folded) if stage else x
             x_fake = fakes(other, batch, key, alpha)
             (real, real_logits), (fake, fake_logits) = verdicts(x), verdicts(x_fake)
             if gan.loss == "wgan_gp":
@@ -254,7 +264,7 @@ class ProgressiveGANTask:
         def update(axis_name: str | None, number: int) -> Any:
             stage = self._stage_numbers[number]
             optimizer = optimizer_at(stage)
-            game = self.game(stage, 1 if axis_name is None else devices)
+            game = self.game(stage, 1 if axis_name is None else devices, mesh.devices.flat[0].platform)
             return make_gan_update(game, optimizer, optimizer, config.optimizer, axis_name)
 
         curves = (*CURVES, "class_loss") if self.num_classes else CURVES
@@ -280,7 +290,9 @@ class ProgressiveGANTask:
 
     def make_sample(self, settings: SamplingConfig, guided: bool) -> Sample:
         """From keys to images in one program; where fewer pixels are asked for, they are means of those made."""
-        return _make_sample(self.generator, self.phase.stage, self.phase.resolution // self.side(settings))
+        return _make_sample(
+            self.generator(jax.default_backend()), self.phase.stage, self.phase.resolution // self.side(settings)
+        )
 
     def make_knobs(self, settings: SamplingConfig) -> dict[str, Any]:
         """How far the stage has faded in, and how much of the normal distribution lies within the truncation."""
