@@ -1,7 +1,7 @@
 """What the TPU's compiler makes of training steps: compile time, memory, operations, bytes, padding, collectives.
 
     pip install -e '.[tpu]'                               # in an environment of its own; no TPU is needed
-    python benchmarks/tpu_programs.py                     # the table of docs/tpu.md: an hour or more on two cores
+    python benchmarks/tpu_programs.py                     # the table of docs/tpu.md: half an hour on two cores
     python benchmarks/tpu_programs.py --only cifar10 --part forward
     python benchmarks/tpu_programs.py --only cifar10 --jax jax_exec_time_optimization_effort=-1.0
     python benchmarks/tpu_programs.py --only emoji --largest 20      # what takes most memory and cycles

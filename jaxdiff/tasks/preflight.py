@@ -35,7 +35,7 @@ from jaxdiff.tasks.train import check_continuation, check_latents, describe, mak
 from jaxdiff.training.chips import Chip
 from jaxdiff.training.collectives import collectives, sent
 from jaxdiff.training.loop import Trainable
-from jaxdiff.training.sharding import fsdp_shardings, make_mesh, make_runner, state_shardings
+from jaxdiff.training.sharding import fsdp_shardings, is_table, make_mesh, make_runner, state_shardings
 from jaxdiff.training.stages import Stage
 from jaxdiff.training.watching import flops_of
 
@@ -177,25 +177,29 @@ def expected_traffic(run: Run) -> dict[str, int]:
     """Bytes that each device must send in a step, by kind of collective, if all are rings and nothing travels twice.
 
     Of an array of size B over n devices: its gradient's all-reduce 2 (n - 1) / n B; if it is split over f of them, all-gather and
-    reduce-scatter (f - 1) / f B each, and an all-reduce of its part over the others. What is frozen is gathered only.
+    reduce-scatter (f - 1) / f B each, and an all-reduce of its part over the others. A table that is split is gathered, and its
+    gradient averaged whole (`whole_tables`). What is frozen is gathered only.
     """
     n, f = run.mesh.size, run.mesh.shape["fsdp"]
     others, found = n // f, {"all-reduce": 0.0, "all-gather": 0.0, "reduce-scatter": 0.0}
 
-    def is_split(tree: Any) -> list[tuple[int, bool]]:
-        leaves, where = jax.tree.leaves(tree), jax.tree.leaves(fsdp_shardings(tree, run.mesh))
-        sizes = [math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves]
-        return [(size, any(w.spec)) for size, w in zip(sizes, where, strict=True)]
+    def arrays(tree: Any) -> list[tuple[int, bool, bool]]:
+        """Bytes of each, whether it is split, and whether it is a table."""
+        leaves, where = jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(fsdp_shardings(tree, run.mesh))
+        return [
+            (math.prod(leaf.shape) * leaf.dtype.itemsize, any(w.spec), is_table(path))
+            for (path, leaf), w in zip(leaves, where, strict=True)
+        ]
 
     state = run.state
-    for size, split in is_split([getattr(state, name, {}) for name in ("params", "discriminator_params")]):
-        if not split:
+    for size, split, table in arrays([getattr(state, name, {}) for name in ("params", "discriminator_params")]):
+        found["all-gather"] += (f - 1) / f * size * split
+        if split and not table:
+            found["reduce-scatter"] += (f - 1) / f * size
+            found["all-reduce"] += 2 * (others - 1) / others * size / f
+        else:
             found["all-reduce"] += 2 * (n - 1) / n * size
-            continue
-        found["all-gather"] += (f - 1) / f * size
-        found["reduce-scatter"] += (f - 1) / f * size
-        found["all-reduce"] += 2 * (others - 1) / others * size / f
-    for size, split in is_split(run.frozen):
+    for size, split, _ in arrays(run.frozen):
         found["all-gather"] += (f - 1) / f * size * split
     return {kind: round(size) for kind, size in found.items() if size}
 

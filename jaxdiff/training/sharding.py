@@ -121,6 +121,11 @@ def whole(params: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, P()), params)
 
 
+def is_table(path: jax.tree_util.KeyPath) -> bool:
+    """Whether this is where the parameters of Flax's Embed are, of which a step looks up some rows."""
+    return bool(path) and getattr(path[-1], "key", None) == "embedding"
+
+
 def whole_tables(gradient: Any) -> Any:
     """A gradient in which that of every table (Flax's Embed) is whole on each device; does nothing where nothing is split.
 
@@ -128,7 +133,7 @@ def whole_tables(gradient: Any) -> Any:
     """
 
     def rule(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        return whole(leaf) if getattr(path[-1], "key", None) == "embedding" else leaf
+        return whole(leaf) if is_table(path) else leaf
 
     return jax.tree_util.tree_map_with_path(rule, gradient)
 

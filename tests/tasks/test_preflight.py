@@ -82,6 +82,9 @@ def test_expected_traffic_by_hand():
         "reduce-scatter": whole * 3 // 4,
         "all-reduce": whole // 4 + 2 * 7 * 400 // 8,
     }
+    # Of a table the gradient is averaged whole, wherever its rows are kept (tests/tasks/test_traffic.py).
+    table = run_of(make_mesh(ShardingConfig(fsdp=4)), {"words": {"embedding": array}}, frozen=({"embedding": array},))
+    assert expected_traffic(table) == {"all-gather": 2 * whole * 3 // 4, "all-reduce": 2 * 7 * whole // 8}
     assert expected_traffic(run_of(make_mesh(ShardingConfig(), jax.devices()[:1]), tree)) == {}
 
 

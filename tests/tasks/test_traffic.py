@@ -100,6 +100,11 @@ def test_fsdp_gathers_each_split_parameter_once_and_nothing_else(name, tmp_path)
     gathered, reduced = expected(run, FAMILIES[name][1])
     assert dict(sizes) == {"all-gather": gathered, "all-reduce": reduced} and groups["all-gather"] == {4}
     assert sum(gathered.values()) > 1
+    reckoned = preflight.expected_traffic(run)
+    assert reckoned["all-gather"] == 3 * sum(gathered.elements())  # 4 bytes each, three quarters of them from others
+    # A gradient is scattered by averaging it and keeping a part here; of doubled kernels and single numbers there is more.
+    averaged = sum(one.sent(8) for one in instructions(text) if one.kind == "all-reduce")
+    assert 0 <= averaged - reckoned["all-reduce"] - 2 * reckoned["reduce-scatter"] < 0.5 * averaged
 
 
 @pytest.mark.slow

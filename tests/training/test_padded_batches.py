@@ -1,7 +1,9 @@
 """Batches that devices cannot share out evenly: filled up with repeats of weight 0, they train as on one device."""
 
 import contextlib
+import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ from jaxdiff.tasks import train
 from jaxdiff.tasks.make import make_task
 from jaxdiff.training.loop import init_sharded
 from jaxdiff.training.sharding import make_mesh, make_runner
+from tests.tasks.families import family
 from tests.tasks.test_autoencoder import PERCEPTUAL, TINY
 from tests.tasks.test_vae import VAE
 from tests.tiny import tiny_config
@@ -129,3 +132,29 @@ def test_a_run_says_that_it_fills_up_and_counts_its_own_images(tmp_path, capsys)
     assert (
         "2 steps of 6 images (and 2 repeated with weight 0, for all devices to have as many)" in capsys.readouterr().out
     )
+
+
+CAPTIONED = {
+    "latent text": {},
+    "fine-tuning": {},  # by LoRA
+    "whole fine-tuning": {"lora.rank": 0, "text.trained": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAPTIONED)
+def test_runs_with_captions_and_latents_are_those_of_one_device(name, tmp_path, monkeypatch):
+    """The whole command, six images a step; that the third step agrees says that two updates did."""
+    told = {"training.batch_size": 6, "training.num_steps": 3, "training.log_every": 1, "training.sample_every": 0}
+    told |= {"sampling.steps": 1, "sampling.num_images": 1, "sampling.batch_per_device": 1, "optimizer.epsilon": 1e-4}
+    config = family(name.removeprefix("whole "), tmp_path, **told, **CAPTIONED[name])
+    found = []
+    for number, (sharding, devices) in enumerate(((ShardingConfig(), 1), (ShardingConfig(fsdp=4), 8))):
+        mesh, workdir = make_mesh(sharding, jax.devices()[:devices]), tmp_path / f"run{number}"
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "make_mesh", lambda _, mesh=mesh: mesh)
+            train.train_run(dataclasses.replace(config, sharding=sharding), workdir)
+        records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        found.append([(record["loss"], record["grad_norm"]) for record in records if "loss" in record])
+    assert len(found[0]) == 3 and len({loss for loss, _ in found[0]}) == 3
+    np.testing.assert_allclose(*found, rtol=1e-4)
