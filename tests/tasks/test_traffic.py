@@ -104,7 +104,7 @@ def test_fsdp_gathers_each_split_parameter_once_and_nothing_else(name, tmp_path)
     assert reckoned["all-gather"] == 3 * sum(gathered.elements())  # 4 bytes each, three quarters of them from others
     # A gradient is scattered by averaging it and keeping a part here; of doubled kernels and single numbers there is more.
     averaged = sum(one.sent(8) for one in instructions(text) if one.kind == "all-reduce")
-    assert 0 <= averaged - reckoned["all-reduce"] - 2 * reckoned["reduce-scatter"] < 0.5 * averaged
+    assert 0 <= averaged - reckoned["all-reduce"] - 2 * reckoned.get("reduce-scatter", 0) < 0.5 * averaged
 
 
 @pytest.mark.slow
